@@ -1,0 +1,163 @@
+"""The data path of training, end to end, as one webdataset pipeline:
+
+    BlockReader -> random_length -> [prefix_condition] -> masking -> cfg_dropout -> collate -> CompactBatch
+
+Which samples a rank reads follows from (step, data-parallel rank) alone: step s owns samples [s B, (s + 1) B), rank r the
+r-th contiguous slice of them, cut into microbatches. Workers deal out whole microbatches, so their number changes
+nothing. The state of the stream is one integer: samples consumed.
+"""
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import partial
+from typing import Callable, Iterable, Iterator, Optional, Protocol
+
+import numpy as np
+import webdataset as wds
+from torch.utils.data import DataLoader, get_worker_info
+
+from data import cfg_dropout as cfg
+from data.batch import CompactBatch, collate
+from data.errors import InputError
+from data.masking import MaskingOptions, masking, random_length
+
+WAIT_SECONDS = 600.0  # longest wait for a worker's next microbatch
+
+
+class Blocks(Protocol):
+    """Numbered blocks of tokens (data.stream)."""
+
+    sequence_length: int
+
+    def block(self, g: int) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The samples of one data-parallel rank: which part of each global batch, in microbatches of which size."""
+
+    global_batch: int
+    micro_batch: int
+    dp_rank: int = 0
+    dp_size: int = 1
+
+    @property
+    def microbatches_per_step(self) -> int:
+        return self.global_batch // self.dp_size // self.micro_batch
+
+    def samples(self, microbatch: int) -> range:
+        """Global sample indices of this rank's n-th microbatch since the start of training."""
+        step, k = divmod(microbatch, self.microbatches_per_step)
+        first = step * self.global_batch + self.dp_rank * (self.global_batch // self.dp_size) + k * self.micro_batch
+        return range(first, first + self.micro_batch)
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """The stages between the block reader and the batch."""
+
+    masking: MaskingOptions
+    random_length_prob: float = 0.0
+    cfg_dropout: float = 0.0
+    cfg_condition: Optional[str] = None  # None or "prefix"
+
+
+class BlockReader:
+    """First stage: yields the sample dict of each global sample index that `indices(worker, workers)` names."""
+
+    def __init__(self, blocks: Blocks, indices: Callable[[int, int], Iterable[int]]):
+        self.blocks = blocks
+        self.indices = indices
+
+    def __call__(self) -> Iterator[dict]:
+        worker = get_worker_info()
+        size = self.blocks.sequence_length
+        for g in self.indices(*((worker.id, worker.num_workers) if worker else (0, 1))):
+            tokens = self.blocks.block(g)
+            length = len(tokens)
+            if length < size:
+                tokens = np.concatenate([tokens, np.zeros(size - length, tokens.dtype)])
+            yield {
+                "__key__": f"{g:012d}", "sample_id": g, "tokens": tokens.copy() if not tokens.flags.writeable else tokens,
+                "length": length, "condition_length": 0,
+            }
+
+
+def stages(options: StageOptions) -> list[Callable[[Iterable[dict]], Iterator[dict]]]:
+    """The stages in order, each usable in any webdataset pipeline through `.compose(stage)`."""
+    seed = options.masking.seed
+    chain: list[Callable] = []
+    if options.random_length_prob > 0:
+        chain.append(partial(random_length, seed=seed, probability=options.random_length_prob))
+    if options.cfg_dropout > 0 and options.cfg_condition == "prefix":
+        chain.append(partial(cfg.prefix_condition, seed=seed))
+    chain.append(partial(masking, options=options.masking))
+    chain.append(partial(cfg.cfg_dropout, seed=seed, rate=options.cfg_dropout) if options.cfg_dropout > 0 else cfg.no_dropout)
+    return chain
+
+
+@dataclass(frozen=True)
+class _Fault:
+    """An error on its way out of a worker: shipped as a value so that its one-line message arrives unwrapped."""
+
+    message: str
+
+
+def _report_faults(batches: Iterable[CompactBatch]) -> Iterator[CompactBatch | _Fault]:
+    try:
+        yield from batches
+    except InputError as error:
+        yield _Fault(str(error))
+
+
+def _training_indices(worker: int, workers: int, *, part: Slice, start: int, end: Optional[int]) -> Iterator[int]:
+    for microbatch in itertools.count(start + worker, workers) if end is None else range(start + worker, end, workers):
+        yield from part.samples(microbatch)
+
+
+def _validation_indices(worker: int, workers: int, *, part: Slice, total: int) -> Iterator[int]:
+    """Blocks 0 .. total - 1 once over all ranks: contiguous slices of whole microbatches, uneven slices allowed."""
+    batches = -(-total // part.micro_batch)
+    for k in range(part.dp_rank + worker * part.dp_size, batches, part.dp_size * workers):
+        yield from range(k * part.micro_batch, min((k + 1) * part.micro_batch, total))
+
+
+def _load(blocks: Blocks, indices: Callable, options: StageOptions, micro_batch: int, pad_id: int, workers: int):
+    pipeline = wds.DataPipeline(
+        BlockReader(blocks, indices), *stages(options), partial(collate, size=micro_batch, pad_id=pad_id), _report_faults
+    )
+    loader = DataLoader(
+        pipeline, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None,
+        multiprocessing_context="forkserver" if workers else None, timeout=WAIT_SECONDS if workers else 0,
+    )
+    for batch in loader:
+        if isinstance(batch, _Fault):
+            raise InputError(batch.message)
+        yield batch
+
+
+def training_batches(
+    blocks: Blocks, options: StageOptions, part: Slice, pad_id: int, *, consumed: int = 0, workers: int = 0,
+    steps: Optional[int] = None,
+) -> Iterator[list[CompactBatch]]:
+    """This rank's microbatches, a list for each optimizer step, starting behind `consumed` samples (whole steps).
+
+    Ends after `steps` steps if given. Raises InputError with the shard's name for data that cannot be read.
+    """
+    first_step, rest = divmod(consumed, part.global_batch)
+    if rest:
+        raise ValueError(f"{consumed} consumed samples are not whole steps of {part.global_batch}")
+    per_step = part.microbatches_per_step
+    start = first_step * per_step
+    end = None if steps is None else start + steps * per_step
+    source = _load(blocks, partial(_training_indices, part=part, start=start, end=end), options, part.micro_batch, pad_id, workers)
+    while group := list(itertools.islice(source, per_step)):
+        yield group
+
+
+def validation_batches(
+    blocks: Blocks, total: int, options: StageOptions, part: Slice, pad_id: int
+) -> Iterator[CompactBatch]:
+    """Blocks 0 .. total - 1, each exactly once over all data-parallel ranks, with masks that depend on the block alone."""
+    return _load(blocks, partial(_validation_indices, part=part, total=total), options, part.micro_batch, pad_id, 0)

@@ -1,0 +1,78 @@
+"""The masking stage: which tokens of a sample are replaced by [MASK], and the weight their loss gets.
+
+A webdataset-style stage: an iterator of sample dicts in, an iterator of sample dicts out. A sample comes with
+`sample_id`, `tokens` [L], `length` (tokens after it are padding) and `condition_length` (a clean prefix); it leaves with
+`mask` [L] bool, `t`, `p_mask`. Masks are drawn only inside [condition_length, length) and are carried from here on:
+nothing downstream derives them from ids.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Iterable, Iterator, Literal
+
+import numpy as np
+
+from data import noise, randomness
+
+
+@dataclass(frozen=True)
+class MaskingOptions:
+    """How masks are drawn.
+
+    Args:
+        seed: of the run; the draw of a sample depends on it and on the sample's global index alone.
+        global_batch: samples in one optimizer step (the strata of t).
+        eps: smallest mask probability of the linear schedule (LLaDA: 1e-3).
+        t_sampling: `stratified` over the global batch, or `iid`.
+        masking: `bernoulli`: each token with probability p; `fixed_count`: exactly l tokens, l uniform in 1..eligible,
+            weight eligible / l (exact bound and never more variance: Ou et al., arXiv 2406.03736, eq. 11).
+        stream: name of the family of draws; validation draws from another one than training.
+    """
+
+    seed: int
+    global_batch: int
+    eps: float = 1e-3
+    t_sampling: noise.TSampling = "stratified"
+    masking: Literal["bernoulli", "fixed_count"] = "bernoulli"
+    stream: str = "train"
+
+
+def draw_mask(sample_id: int, start: int, stop: int, size: int, options: MaskingOptions) -> tuple[np.ndarray, float, float]:
+    """The mask of one sample: (mask [size] bool, t, p_mask), true only inside [start, stop).
+
+    1 / p_mask is the weight of each masked token. With `fixed_count` p_mask = l / eligible, so the weight is eligible / l.
+    """
+    t = noise.noise_level(options.seed, options.stream, sample_id, options.global_batch, options.t_sampling)
+    mask = np.zeros(size, bool)
+    eligible = stop - start
+    if eligible <= 0:
+        return mask, t, 1.0
+    if options.masking == "bernoulli":
+        p = noise.linear_mask_probability(t, options.eps)
+        mask[start:stop] = randomness.bernoulli(options.seed, f"{options.stream}/mask", sample_id, eligible, p)
+        return mask, t, p
+    count = min(int(np.ceil(t * eligible)), eligible)  # t uniform in (0, 1] -> count uniform in 1..eligible
+    scores = randomness.words(options.seed, f"{options.stream}/mask", sample_id, eligible)
+    mask[start + np.argpartition(scores, count - 1)[:count]] = True
+    return mask, t, count / eligible
+
+
+def masking(samples: Iterable[dict], options: MaskingOptions) -> Iterator[dict]:
+    """Adds `mask` [L] bool, `t` and `p_mask` (float) to each sample."""
+    for sample in samples:
+        mask, t, p = draw_mask(
+            sample["sample_id"], sample["condition_length"], sample["length"], len(sample["tokens"]), options
+        )
+        yield {**sample, "mask": mask, "t": t, "p_mask": p}
+
+
+def random_length(samples: Iterable[dict], seed: int, probability: float) -> Iterator[dict]:
+    """Cuts a sample to a uniform random length in 1..length with `probability` (LLaDA: 1%), each sample on its own.
+
+    Only `length` changes: what follows becomes padding, which is neither attended to, nor masked, nor counted.
+    """
+    for sample in samples:
+        chance, position = randomness.uniform(seed, "random_length", sample["sample_id"], 2)
+        if chance <= probability:
+            sample = {**sample, "length": int(np.ceil(position * sample["length"]))}
+        yield sample

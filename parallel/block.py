@@ -1,0 +1,135 @@
+"""The tensor-parallel transformer block: pre-norm, bidirectional, RoPE, grouped-query attention, SwiGLU, no biases.
+
+Built from megatron-core's column- and row-parallel linears. q, k, v (and gate, up) are separate parameters that share
+one input, so the input enters the tensor-parallel region once and its gradient is all-reduced once, not once a linear.
+Shapes: B samples, L tokens, H hidden, N heads, K key/value heads (both of this rank), D head size.
+"""
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from megatron.core import ModelParallelConfig
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from torch import Tensor, nn
+
+from parallel.attention import attention, rotate
+from parallel.loss import DiffusionLossOutput, diffusion_loss
+from parallel.mesh import Mesh
+from parallel.shape import ModelShape
+
+
+def _unused_init(weight: Tensor) -> None:
+    raise AssertionError("weights are initialised by parallel.initialise")
+
+
+def _layer_config(mesh: Mesh) -> ModelParallelConfig:
+    # perform_initialization is off: megatron-core would draw from a global generator, per rank.
+    return ModelParallelConfig(
+        tensor_model_parallel_size=mesh.tp, use_cpu_initialization=True, perform_initialization=False,
+        params_dtype=torch.get_default_dtype(),
+    )
+
+
+def _column(inputs: int, outputs: int, mesh: Mesh) -> ColumnParallelLinear:
+    return ColumnParallelLinear(
+        inputs, outputs, config=_layer_config(mesh), init_method=_unused_init, bias=False, gather_output=False,
+        disable_grad_reduce=True, tp_group=mesh.tp_group,
+    )
+
+
+def _row(inputs: int, outputs: int, mesh: Mesh) -> RowParallelLinear:
+    return RowParallelLinear(
+        inputs, outputs, config=_layer_config(mesh), init_method=_unused_init, bias=False, input_is_parallel=True,
+        skip_bias_add=False, tp_group=mesh.tp_group,
+    )
+
+
+def rms_norm(shape: ModelShape) -> nn.Module:
+    """RMSNorm (Zhang & Sennrich, arXiv 1910.07467) in the implementation `norm_impl` names."""
+    if shape.norm_impl == "apex":
+        from parallel.apex_support import require_apex
+
+        require_apex("model.norm_impl")
+        from apex.normalization import FusedRMSNorm
+
+        return FusedRMSNorm(shape.hidden_size, eps=shape.norm_eps)
+    return nn.RMSNorm(shape.hidden_size, eps=shape.norm_eps)
+
+
+class TransformerBlock(nn.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x)); [B, L, H] in and out, replicated over the tensor-parallel ranks."""
+
+    def __init__(self, shape: ModelShape, mesh: Mesh):
+        super().__init__()
+        h, d = shape.hidden_size, shape.head_dim
+        self.head_dim = d
+        self.mesh = mesh
+        self.attention_norm = rms_norm(shape)
+        self.q_proj = _column(h, shape.num_heads * d, mesh)
+        self.k_proj = _column(h, shape.num_kv_heads * d, mesh)
+        self.v_proj = _column(h, shape.num_kv_heads * d, mesh)
+        self.o_proj = _row(shape.num_heads * d, h, mesh)
+        self.ffn_norm = rms_norm(shape)
+        self.gate_proj = _column(h, shape.ffn_hidden_size, mesh)
+        self.up_proj = _column(h, shape.ffn_hidden_size, mesh)
+        self.down_proj = _row(shape.ffn_hidden_size, h, mesh)
+        self.compute = self._compute  # train.compile replaces this by its compiled form; hooks stay outside
+
+    def forward(self, x_BLH: Tensor, cos: Tensor, sin: Tensor, document_ids_BL: Optional[Tensor] = None) -> Tensor:
+        return self.compute(x_BLH, cos, sin, document_ids_BL)
+
+    def _enter(self, x: Tensor) -> Tensor:
+        """Identity forward; backward sums the gradient over the tensor-parallel ranks."""
+        return copy_to_tensor_model_parallel_region(x, group=self.mesh.tp_group) if self.mesh.tp > 1 else x
+
+    def _heads(self, x_BLC: Tensor) -> Tensor:
+        return x_BLC.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _compute(self, x_BLH: Tensor, cos: Tensor, sin: Tensor, document_ids_BL: Optional[Tensor]) -> Tensor:
+        y = self._enter(self.attention_norm(x_BLH))
+        q_BNLD, k_BKLD, v_BKLD = (self._heads(proj(y)[0]) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        a_BNLD = attention(rotate(q_BNLD, cos, sin), rotate(k_BKLD, cos, sin), v_BKLD, document_ids_BL)
+        x_BLH = x_BLH + self.o_proj(a_BNLD.transpose(1, 2).flatten(2))[0]
+        y = self._enter(self.ffn_norm(x_BLH))
+        return x_BLH + self.down_proj(F.silu(self.gate_proj(y)[0]) * self.up_proj(y)[0])[0]
+
+
+def vocab_embedding(shape: ModelShape, mesh: Mesh) -> VocabParallelEmbedding:
+    """Token embedding whose rows are spread over the tensor-parallel ranks; ids [B, L] -> [B, L, H] on every rank."""
+    return VocabParallelEmbedding(
+        shape.padded_vocab(mesh.tp), shape.hidden_size, init_method=_unused_init, config=_layer_config(mesh),
+        tp_group=mesh.tp_group,
+    )
+
+
+class DiffusionHead(nn.Module):
+    """The output matrix [V_local, H] and what is done with it: the fused diffusion loss, or logits for sampling.
+
+    Both happen inside this module's forward, so ZeRO-3 gathers the matrix here and nowhere else.
+    """
+
+    def __init__(self, shape: ModelShape, mesh: Mesh):
+        super().__init__()
+        self.vocab_size = shape.vocab_size
+        self.mesh = mesh
+        self.weight = nn.Parameter(torch.empty(shape.padded_vocab(mesh.tp) // mesh.tp, shape.hidden_size))
+
+    def forward(
+        self, hidden_BLH: Tensor, targets_BL: Optional[Tensor] = None, masked_BL: Optional[Tensor] = None,
+        weight_BL: Optional[Tensor] = None, normalizer: Optional[Tensor] = None,
+    ) -> DiffusionLossOutput | Tensor:
+        """The loss (targets given; `ce` and `correct` come as [T] = [B L]) or the logits [B, L, vocab_size]."""
+        if targets_BL is not None:
+            return diffusion_loss(
+                hidden_BLH.flatten(0, 1), self.weight, targets_BL.flatten(), masked_BL.flatten(), weight_BL.flatten(),
+                normalizer, tp_group=self.mesh.tp_group if self.mesh.tp > 1 else None, vocab_size=self.vocab_size,
+            )
+        local = F.linear(hidden_BLH, self.weight)
+        if self.mesh.tp > 1:
+            shares = [torch.empty_like(local) for _ in range(self.mesh.tp)]
+            torch.distributed.all_gather(shares, local.contiguous(), group=self.mesh.tp_group)
+            local = torch.cat(shares, -1)
+        return local[..., :self.vocab_size]

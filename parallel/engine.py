@@ -1,0 +1,77 @@
+"""What the training loop asks of an engine, whatever shards the parameters underneath."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from parallel.boxes import Boxes
+from parallel.mesh import Mesh
+
+Microbatch = dict[str, Tensor]
+
+# The tensors of a microbatch that the model's forward takes (the rest is for metrics).
+MODEL_INPUTS = ("noisy_ids", "position_ids", "document_ids", "target_ids", "masked", "weight")
+
+
+@dataclass(frozen=True)
+class AdamWOptions:
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101); the learning rate is set before each step."""
+
+    impl: str = "torch"
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+
+@dataclass
+class StepResult:
+    """One optimizer step. outputs: the model's output of each microbatch (gradient-free), in order.
+
+    grad_norm: global, before clipping, every parameter counted once. applied: False if the step was skipped because a
+    gradient was not finite.
+    """
+
+    outputs: list[Any]
+    grad_norm: float
+    applied: bool
+
+
+class Engine(Protocol):
+    """A sharded model with its optimizer. Every method is collective: all ranks call it alike, in the same order."""
+
+    mesh: Mesh
+    module: nn.Module
+
+    def train_step(self, microbatches: Sequence[Microbatch], normalizer: float, lr: float) -> StepResult:
+        """Forward and backward of every microbatch, one clipped optimizer step.
+
+        The gradient is that of sum(weight * ce) / normalizer over ALL microbatches of ALL data-parallel ranks:
+        `normalizer` is the global denominator, nothing is averaged.
+        """
+        ...
+
+    def forward(self, microbatch: Microbatch) -> Any:
+        """The model's output without gradients (loss normalised by 1)."""
+        ...
+
+    def state(self) -> dict[str, Boxes]:
+        """Logical name (`weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`) -> boxes viewing this rank's float32 values."""
+        ...
+
+    def state_written(self, optimizer_steps: int) -> None:
+        """Called after values were written into `state()`, e.g. by a checkpoint load taken after `optimizer_steps`."""
+        ...
+
+
+def model_inputs(microbatch: Microbatch, device: torch.device, normalizer: Tensor) -> dict[str, Tensor | None]:
+    """The model's keyword arguments. document_ids is dropped when no attention mask is needed."""
+    inputs: dict[str, Tensor | None] = {k: microbatch[k].to(device) for k in MODEL_INPUTS if k in microbatch}
+    if "target_ids" in inputs:
+        inputs["normalizer"] = normalizer
+    documents = microbatch.get("document_ids")
+    if documents is not None and bool((documents == documents[:, :1]).all()):
+        inputs["document_ids"] = None
+    return inputs

@@ -1,0 +1,170 @@
+"""The command line: `python -m pretrain COMMAND ...`. Exit codes: 0 done, 2 a mistake in config or input, others are crashes."""
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Any, Callable, Sequence
+
+from data.errors import InputError
+from parallel.errors import CheckpointError
+
+HELP = """Palimpsest: pretraining of masked-diffusion language models.
+
+usage: python -m pretrain COMMAND [options]        (COMMAND --help shows the options)
+
+  prepare     text -> tokenizer + tar shards          prepare --source stdlib --out runs/stdlib --vocab-size 8192
+  train       train a model; on an existing run       train --config configs/quickstart.yaml [--section.key value ...]
+              folder it goes on where it stopped      (several ranks: torchrun --nproc-per-node 2 -m pretrain train ...)
+  sample      text from a checkpoint, shown live      sample --run runs/quickstart --prompt "def main("
+  plot        loss curves of a run as a PNG           plot --run runs/quickstart
+  track sync  ship metrics MLflow does not have yet   track sync --run runs/quickstart
+  doctor      what this machine has and lacks         doctor
+  quickstart  all of the above on real text           quickstart
+
+Every mistake in a config or an input ends with one line and exit code 2, before any process group or GPU is taken.
+"""
+
+
+def _parser(description: str):
+    from jsonargparse import ArgumentParser
+
+    return ArgumentParser(exit_on_error=False, description=description, prog="python -m pretrain")
+
+
+def _options(cls: type, name: str, arguments: Sequence[str]) -> Any:
+    """An options dataclass from a command line; its docstring is the help."""
+    from jsonargparse import ArgumentError
+
+    parser = _parser(f"{name}: {(cls.__doc__ or '').splitlines()[0]}")
+    parser.add_class_arguments(cls, as_positional=False)
+    try:
+        values = parser.instantiate(parser.parse_args([_dashes_to_underscores(a) for a in arguments]))
+    except ArgumentError as error:
+        raise InputError(f"{name}: {' '.join(str(error).split())}; `python -m pretrain {name} --help` shows the options") from None
+    return cls(**vars(values))
+
+
+def _dashes_to_underscores(argument: str) -> str:
+    """--val-fraction is accepted for --val_fraction."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def _prepare(arguments: Sequence[str]) -> int:
+    from data.prepare import prepare
+    from data.prepare_options import PrepareOptions
+
+    for line in prepare(_options(PrepareOptions, "prepare", arguments)).lines():
+        print(line)
+    return 0
+
+
+def _train(arguments: Sequence[str]) -> int:
+    from pretrain.load_config import config_parser, parse
+
+    config, _ = parse(config_parser("train: trains a model, or goes on training in an existing run folder"), arguments)
+    from pretrain.train import train
+
+    return train(config)
+
+
+def _sample(arguments: Sequence[str]) -> int:
+    from pretrain.sample import SampleOptions, sample
+
+    sample(_options(SampleOptions, "sample", arguments))
+    return 0
+
+
+def _plot(arguments: Sequence[str]) -> int:
+    parser = _parser("plot: loss curves of a run as a PNG")
+    parser.add_argument("--run", required=True, help="run folder")
+    parser.add_argument("--output", default="", help="file to write (default: loss.png in the run folder)")
+    values = _parse(parser, "plot", arguments)
+    from pretrain.plot import plot
+
+    print(plot(values.run, values.output))
+    return 0
+
+
+def _track(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0] != "sync":
+        raise InputError("track: the only thing to do is `track sync --run FOLDER`")
+    parser = _parser("track sync: ships every metric of a run that MLflow does not have yet")
+    parser.add_argument("--run", required=True, help="run folder")
+    values = _parse(parser, "track sync", arguments[1:])
+    from pretrain.track_sync import sync
+
+    print(sync(values.run))
+    return 0
+
+
+def _doctor(arguments: Sequence[str]) -> int:
+    parser = _parser("doctor: what this machine has and lacks")
+    parser.add_argument("--json", default="", help="also write the findings to this file")
+    values = _parse(parser, "doctor", arguments)
+    from pretrain.doctor import doctor
+
+    return doctor(values.json or None)
+
+
+def _quickstart(arguments: Sequence[str]) -> int:
+    _parse(_parser("quickstart: prepare, train on 2 ranks, resume, sample and plot, on the standard library's sources"),
+           "quickstart", arguments)
+    from pretrain.quickstart import quickstart
+
+    return quickstart()
+
+
+def _parse(parser: Any, name: str, arguments: Sequence[str]) -> Any:
+    from jsonargparse import ArgumentError
+
+    try:
+        return parser.parse_args([_dashes_to_underscores(a) for a in arguments])
+    except ArgumentError as error:
+        raise InputError(f"{name}: {' '.join(str(error).split())}; `python -m pretrain {name} --help` shows the options") from None
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "prepare": _prepare, "train": _train, "sample": _sample, "plot": _plot, "track": _track, "doctor": _doctor,
+    "quickstart": _quickstart,
+}
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command and returns its exit code; raises InputError for a mistake."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0
+    if arguments[0] not in COMMANDS:
+        raise InputError(f"unknown command {arguments[0]!r}: the commands are {', '.join(COMMANDS)}")
+    return COMMANDS[arguments[0]](arguments[1:])
+
+
+def main() -> None:
+    try:
+        code = run(sys.argv[1:])
+    except (InputError, CheckpointError) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks see the same mistake; one line is enough
+            print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    _leave(code)
+
+
+def _leave(code: int) -> None:
+    """A process that holds a process group must not run the interpreter's own shutdown: gloo aborts in it."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        from pretrain.train import leave
+
+        leave(code)
+    sys.exit(code)

@@ -1,0 +1,217 @@
+"""The typed configuration: one dataclass per section, filled from YAML plus dotted overrides (`--section.key value`)."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Optional
+
+
+@dataclass
+class RunConfig:
+    """Where the run lives.
+
+    Args:
+        dir: folder that holds all runs.
+        name: folder of this run inside it; `train` on an existing one resumes it.
+        seed: the only seed: parameters, noise levels, masks and shuffles all follow from it.
+    """
+
+    dir: str = "runs"
+    name: str = "run"
+    seed: int = 0
+
+
+@dataclass
+class ModelConfig:
+    """Sizes of the bidirectional transformer.
+
+    Args:
+        num_layers: transformer blocks.
+        hidden_size: width of the residual stream.
+        num_heads: attention heads.
+        num_kv_heads: key/value heads; fewer than num_heads is grouped-query attention.
+        ffn_hidden_size: inner width of the SwiGLU feed-forward layer.
+        vocab_size: token ids the model knows, the mask token included.
+        rope_theta: base of the rotary position frequencies.
+        norm_eps: added inside RMSNorm's root.
+        tie_embeddings: use the embedding as output head as well.
+        norm_impl: `torch`, or `apex` (NVIDIA's fused RMSNorm, built from source).
+        init_std: standard deviation of the initial weights; output projections divide it by sqrt(2 num_layers).
+    """
+
+    num_layers: int = 4
+    hidden_size: int = 256
+    num_heads: int = 4
+    num_kv_heads: int = 4
+    ffn_hidden_size: int = 704
+    vocab_size: int = 8192
+    rope_theta: float = 500000.0
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    norm_impl: Literal["torch", "apex"] = "torch"
+    init_std: float = 0.02
+
+
+@dataclass
+class DataConfig:
+    """What the model reads.
+
+    Args:
+        shards: folder of the training set (manifest.json, tars), made by `prepare`.
+        val_shards: folder of the validation set.
+        sequence_length: tokens in a block.
+        packing: `concat`: documents end to end, cut into blocks (LLaDA).
+        pad_policy: `excluded`: padding carries no loss and is never attended to.
+        random_length_prob: chance that a sample is cut to a uniform random length (LLaDA: 0.01).
+        cfg_dropout: chance that a sample's condition is hidden; 0 = off, the objective is unchanged.
+        cfg_condition: what the condition is: `prefix`, a random clean prefix of each block.
+        workers: loader processes per rank; 0 reads in the training process. The stream does not depend on it.
+        verify: check at the start: `full` (sha256 of every shard), `size`, or `auto` (full below 2 GiB).
+    """
+
+    shards: str = ""
+    val_shards: str = ""
+    sequence_length: int = 256
+    packing: Literal["concat"] = "concat"
+    pad_policy: Literal["excluded"] = "excluded"
+    random_length_prob: float = 0.01
+    cfg_dropout: float = 0.0
+    cfg_condition: Optional[Literal["prefix"]] = None
+    workers: int = 0
+    verify: Literal["auto", "full", "size"] = "auto"
+
+
+@dataclass
+class ObjectiveConfig:
+    """The masked-diffusion loss.
+
+    Args:
+        kind: `masked`: tokens replaced by [MASK] and predicted all at once (LLaDA, MDLM).
+        schedule: `linear`: mask probability p = (1 - eps) t + eps.
+        eps: smallest mask probability.
+        t_sampling: noise levels `stratified` over the global batch, or `iid`.
+        masking: `bernoulli`, or `fixed_count` (exactly l tokens, l uniform; weight eligible / l).
+        weighting: weight each masked token by 1/p. Off: plain cross-entropy, not a likelihood bound.
+        normalizer: `tokens`: all loss-eligible tokens of the global batch.
+    """
+
+    kind: Literal["masked"] = "masked"
+    schedule: Literal["linear"] = "linear"
+    eps: float = 1e-3
+    t_sampling: Literal["stratified", "iid"] = "stratified"
+    masking: Literal["bernoulli", "fixed_count"] = "bernoulli"
+    weighting: bool = True
+    normalizer: Literal["tokens"] = "tokens"
+
+
+@dataclass
+class TrainConfig:
+    """The loop.
+
+    Args:
+        steps: optimizer steps of the whole run; the learning-rate schedule follows it.
+        stop_at: checkpoint and stop after this step (0 = never); the schedules still follow `steps`.
+        init_from: checkpoint whose weights (and nothing else) a new run starts from.
+        compile: torch.compile each transformer block.
+        global_batch_size: samples in one optimizer step, over all ranks.
+        micro_batch_size: samples a rank computes at once; the rest is gradient accumulation.
+        precision: `fp32`, or `bf16` with fp32 master weights and fp32 gradient accumulation.
+        grad_clip: largest global gradient norm (0 = no clipping).
+        checkpoint_every: steps between checkpoints (0 = only at the end).
+        keep_checkpoints: newest complete checkpoints kept.
+        validate_every: steps between validations (0 = never).
+        val_samples: most validation blocks used, from the start of the set (0 = all).
+        sample_every: steps between logged samples (0 = never).
+        log_every: steps between console lines.
+        max_skipped: non-finite steps in a row before the run aborts.
+    """
+
+    steps: int = 1000
+    stop_at: int = 0
+    init_from: Optional[str] = None
+    compile: bool = False
+    global_batch_size: int = 32
+    micro_batch_size: int = 8
+    precision: Literal["fp32", "bf16"] = "fp32"
+    grad_clip: float = 1.0
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    validate_every: int = 200
+    val_samples: int = 256
+    sample_every: int = 0
+    log_every: int = 10
+    max_skipped: int = 10
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its learning rate.
+
+    Args:
+        impl: `torch`, or `apex` (NVIDIA's FusedAdam, built from source).
+        lr: peak learning rate.
+        min_lr: where `wsd` and `cosine` end.
+        betas: Adam's decay rates.
+        eps: Adam's denominator offset.
+        weight_decay: decoupled decay of matrices; norm gains are not decayed.
+        schedule: `constant`, `wsd` (warm-up, stable, linear decay), `cosine`, or `stages`.
+        warmup_steps: linear warm-up from 0.
+        decay_steps: length of wsd's last phase.
+        stages: for `stages`: [until_step, lr, constant|linear] each; `linear` runs there from the rate before.
+    """
+
+    impl: Literal["torch", "apex"] = "torch"
+    lr: float = 4e-4
+    min_lr: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    schedule: Literal["constant", "wsd", "cosine", "stages"] = "wsd"
+    warmup_steps: int = 100
+    decay_steps: int = 100
+    stages: list[tuple[int, float, Literal["constant", "linear"]]] = field(default_factory=list)
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is spread; the data-parallel size is what the world leaves.
+
+    Args:
+        engine: `deepspeed` (ZeRO).
+        zero_stage: 3: parameters, gradients and optimizer states are sharded over the data-parallel ranks.
+        tensor: tensor-parallel ranks (neighbouring ranks; keep them inside one node).
+        activation_checkpointing: `full` recomputes each block in the backward pass, `none` keeps everything.
+        timeout_seconds: longest wait of any collective.
+    """
+
+    engine: Literal["deepspeed"] = "deepspeed"
+    zero_stage: Literal[3] = 3
+    tensor: int = 1
+    activation_checkpointing: Literal["none", "full"] = "none"
+    timeout_seconds: int = 600
+
+
+@dataclass
+class TrackingConfig:
+    """MLflow.
+
+    Args:
+        uri: tracking store; empty = `sqlite:///` in run.dir; `none` = only metrics.jsonl.
+        experiment: MLflow experiment name.
+    """
+
+    uri: str = ""
+    experiment: str = "palimpsest"
+
+
+@dataclass
+class Config:
+    """Everything a run depends on."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)

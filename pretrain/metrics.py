@@ -1,0 +1,66 @@
+"""Training metrics, defined once, from the loss's own by-products: no second pass over logits.
+
+Everything is a ratio of sums over the tokens of the global batch, so it is exact for any split over ranks and microbatches.
+"""
+from __future__ import annotations
+
+from typing import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data.batch import DiffusionBatch
+from parallel.mesh import Mesh
+
+T_BINS = 10
+
+
+def sum_over_ranks(values: Tensor, mesh: Mesh) -> Tensor:
+    """Sum over the data-parallel ranks; the same bits on every rank."""
+    values = values.to(mesh.device)
+    if mesh.dp > 1:
+        dist.all_reduce(values, group=mesh.dp_group)
+    return values.cpu()
+
+
+def global_counts(batches: Iterable[DiffusionBatch], mesh: Mesh) -> tuple[int, int]:
+    """(loss-eligible tokens, masked tokens) of the global batch, known before the first backward."""
+    local = torch.zeros(2, dtype=torch.float64)
+    for batch in batches:
+        local += torch.stack((batch.eligible.sum(), batch.masked.sum())).double()
+    eligible, masked = sum_over_ranks(local, mesh).tolist()
+    return int(eligible), int(masked)
+
+
+def token_sums(batch: DiffusionBatch, ce: Tensor, correct: Tensor) -> Tensor:
+    """The sums of one microbatch, [7 + 2 T_BINS] float64."""
+    ce, masked, weight = ce.detach().double().cpu(), batch.masked, batch.weight.double()
+    bins = (batch.t[masked] * T_BINS).long().clamp(max=T_BINS - 1)
+    ce_by_bin = torch.zeros(T_BINS, dtype=torch.float64).index_add_(0, bins, ce[masked])
+    totals = torch.stack((
+        (weight * ce).sum(), ce[masked].sum(), correct.cpu()[masked].sum().double(), masked.sum().double(),
+        batch.eligible.sum().double(), batch.p_mask[batch.eligible].double().sum(), weight[masked].sum(),
+    ))
+    return torch.cat((totals, ce_by_bin, torch.bincount(bins, minlength=T_BINS).double()))
+
+
+def train_metrics(sums: Tensor, normalizer: float) -> dict[str, float]:
+    """Metric name -> value from the summed `token_sums` of the global batch.
+
+    train/loss: the weighted loss that is minimised (nats per eligible token); train/ce_loss: mean cross-entropy of masked
+    tokens; train/loss_t_bin_k: the same for samples with t in (k/10, (k+1)/10], left out where no token fell.
+    """
+    weighted, ce, correct, masked, eligible, p_mask, weight = sums[:7].tolist()
+    metrics = {
+        "train/loss": weighted / normalizer, "train/num_masked_tokens": masked, "train/mask_ratio": masked / max(eligible, 1),
+        "train/avg_p_mask": p_mask / max(eligible, 1),
+    }
+    if masked:
+        metrics |= {
+            "train/ce_loss": ce / masked, "train/accuracy": correct / masked, "train/importance_weight_avg": weight / masked,
+        }
+    for k in range(T_BINS):
+        if count := float(sums[7 + T_BINS + k]):
+            metrics[f"train/loss_t_bin_{k}"] = float(sums[7 + k]) / count
+    return metrics

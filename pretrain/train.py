@@ -1,0 +1,235 @@
+"""Training, from a config to a trained checkpoint. Read it top to bottom: it is the recipe."""
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn, Optional
+
+import torch
+import torch.distributed as dist
+
+from data.batch import expand
+from data.loader import Slice, StageOptions, training_batches
+from data.masking import MaskingOptions
+from data.stream import BlockStream
+from data.tokenizer import load_tokenizer
+from parallel import checkpoint
+from parallel.engine import AdamWOptions
+from parallel.engine_deepspeed import DeepSpeedEngine
+from parallel.mesh import Mesh, build_mesh
+from pretrain.config import Config
+from pretrain.console import TrainingDisplay
+from pretrain.flops import flops_per_token, peak_flops
+from pretrain.load_config import save_config, to_dict
+from pretrain.lr_schedule import learning_rate
+from pretrain.metrics import global_counts, sum_over_ranks, token_sums, train_metrics
+from pretrain.model import build_model
+from pretrain.preflight import Plan, fingerprint, preflight
+from pretrain.sample_log import log_samples
+from pretrain.tracking import MetricLog, Shipper, read_state, tracking_uri, truncate_metrics
+from pretrain.validation import Validation
+
+
+def train(config: Config) -> int:
+    """Trains (or goes on training) the run that `config` names. Returns 0 when it reached train.steps or train.stop_at.
+
+    Raises InputError, before any process group or GPU is taken, for every mistake that can be seen beforehand.
+    """
+    plan = preflight(config)
+    mesh = build_mesh(config.parallel.tensor, config.parallel.timeout_seconds)
+    run = _Run(config, plan, mesh)
+    try:
+        run.loop()
+    finally:
+        run.close()
+    return 0
+
+
+def leave(code: int) -> NoReturn:
+    """Ends a distributed process: gloo aborts in the interpreter's own shutdown while a group is alive."""
+    if dist.is_initialized() and code == 0:
+        dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def build_engine(config: Config, plan: Plan, mesh: Mesh) -> DeepSpeedEngine:
+    """The model with its initial weights, inside the engine."""
+    model = build_model(config.model, mesh, config.run.seed, config.parallel.activation_checkpointing)
+    if config.train.compile:
+        model.compile_blocks()
+    options = config.optimizer
+    return DeepSpeedEngine(
+        model, plan.shape, mesh,
+        optimizer=AdamWOptions(options.impl, options.betas, options.eps, options.weight_decay),
+        micro_batch_size=config.train.micro_batch_size,
+        accumulation=config.train.global_batch_size // mesh.dp // config.train.micro_batch_size,
+        grad_clip=config.train.grad_clip, bf16=config.train.precision == "bf16",
+    )
+
+
+class _Run:
+    """One process of a run: what lives as long as the loop does."""
+
+    def __init__(self, config: Config, plan: Plan, mesh: Mesh):
+        self.config, self.plan, self.mesh = config, plan, mesh
+        self.folder: Path = plan.folder
+        self.special = plan.train_set.special
+        self.stop = min(config.train.stop_at or config.train.steps, config.train.steps)
+        self.engine = build_engine(config, plan, mesh)
+        self.step, self.applied = self._restore()  # steps taken (= samples consumed / global batch), updates applied
+        self.skipped_in_a_row = 0
+        self.saved_at = self.step if plan.resume_from else -1
+        self.log: Optional[MetricLog] = None
+        self.shipper: Optional[Shipper] = None
+        if mesh.rank == 0:
+            self._open_folder()
+        self.tokenizer = load_tokenizer(plan.train_set.tokenizer_path, special=self.special)
+        self.validation = plan.val_set and Validation(
+            plan.val_set, config.data.sequence_length, config.train.micro_batch_size, config.train.val_samples
+        )
+        self.unigram_entropy = self.validation.unigram_entropy() if self.validation else 0.0
+        self.display = TrainingDisplay(mesh.rank == 0, self.step, self.stop, config.train.log_every)
+        name = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else ""
+        self.peak = peak_flops(name)
+
+    def loop(self) -> None:
+        config, engine, mesh = self.config, self.engine, self.mesh
+        if self.step:
+            self.display.say(f"resumed {self.folder} at step {self.step} from {self.plan.resume_from.name}")
+        for compact in self._batches():
+            began = time.perf_counter()
+            batches = [expand(c, self.special.mask, config.objective.weighting) for c in compact]
+            eligible, masked = global_counts(batches, mesh)
+            lr = learning_rate(self.step, config.train.steps, config.optimizer)
+            metrics = {"train/lr": lr}
+            if masked:
+                result = engine.train_step([b.tensors() for b in batches], eligible, lr)
+                sums = sum(token_sums(b, o.ce, o.correct) for b, o in zip(batches, result.outputs))
+                metrics |= train_metrics(sum_over_ranks(sums, mesh), eligible)
+                metrics["train/grad_norm"] = result.grad_norm
+                self._count_step(result.applied)
+            else:  # nothing to learn from: no parameter moves, not even by weight decay or momentum
+                metrics |= {"train/loss": 0.0, "train/grad_norm": 0.0, "train/num_masked_tokens": 0.0}
+            self.step += 1
+            self._record(metrics, eligible, masked, time.perf_counter() - began)
+            if self._due(config.train.validate_every):
+                self._validate()
+            if self._due(config.train.sample_every):
+                log_samples(engine, self.plan.val_set or self.plan.train_set, self.tokenizer,
+                            config.data.sequence_length, self.step, self.folder / "samples")
+            if self._due(config.train.checkpoint_every):
+                self._save()
+        if self.saved_at != self.step:
+            self._save()
+
+    def _batches(self):
+        """This rank's microbatches of each step from here to where the run stops."""
+        config = self.config
+        options = StageOptions(
+            MaskingOptions(
+                seed=config.run.seed, global_batch=config.train.global_batch_size, eps=config.objective.eps,
+                t_sampling=config.objective.t_sampling, masking=config.objective.masking,
+            ),
+            random_length_prob=config.data.random_length_prob, cfg_dropout=config.data.cfg_dropout,
+            cfg_condition=config.data.cfg_condition,
+        )
+        part = Slice(config.train.global_batch_size, config.train.micro_batch_size, self.mesh.dp_rank, self.mesh.dp)
+        stream = BlockStream(self.plan.train_set, config.data.sequence_length, config.run.seed)
+        return training_batches(
+            stream, options, part, self.special.pad, consumed=self.step * config.train.global_batch_size,
+            workers=config.data.workers, steps=max(self.stop - self.step, 0),
+        )
+
+    def _restore(self) -> tuple[int, int]:
+        """Where the run goes on: from its newest checkpoint, from the weights of another run, or from nothing."""
+        state = self.engine.state()
+        if self.plan.resume_from:
+            checkpoint.load(self.plan.resume_from, state)
+            self.engine.state_written(self.plan.trainer["applied_steps"])
+            return self.plan.trainer["step"], self.plan.trainer["applied_steps"]
+        if self.config.train.init_from:
+            weights = {name: boxes for name, boxes in state.items() if name.startswith("weight/")}
+            checkpoint.load(Path(self.config.train.init_from), weights)
+            self.engine.state_written(0)
+        return 0, 0
+
+    def _open_folder(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_config(self.config, self.folder / "config.yaml")
+        shutil.copyfile(self.plan.train_set.tokenizer_path, self.folder / "tokenizer.json")
+        truncate_metrics(self.folder, self.step)
+        self.log = MetricLog(self.folder)
+        if uri := tracking_uri(self.config):
+            self.shipper = Shipper(
+                self.folder, uri, self.config.tracking.experiment, self.config.run.name, to_dict(self.config),
+                self.plan.trainer.get("mlflow_run_id"),
+            )
+
+    def _count_step(self, applied: bool) -> None:
+        if applied:
+            self.applied += 1
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        self.display.say(f"step {self.step + 1}: a gradient is not finite; the update was skipped")
+        if self.skipped_in_a_row >= self.config.train.max_skipped:
+            raise RuntimeError(
+                f"{self.skipped_in_a_row} steps in a row had non-finite gradients (train.max_skipped): lower optimizer.lr, or "
+                f"resume from an earlier checkpoint in {self.folder / 'checkpoints'}"
+            )
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and (self.step % every == 0 or self.step == self.stop)
+
+    def _record(self, metrics: dict[str, float], eligible: int, masked: int, seconds: float) -> None:
+        config = self.config
+        tokens = config.train.global_batch_size * config.data.sequence_length
+        metrics |= {
+            "train/applied_steps": self.applied, "train/tokens": self.step * tokens,
+            "perf/step_time": seconds, "perf/tokens_per_second": tokens / seconds,
+        }
+        if self.peak:
+            flops = tokens * flops_per_token(self.plan.shape, config.data.sequence_length, masked / max(eligible, 1))
+            metrics["perf/mfu"] = flops / seconds / self.mesh.world_size / self.peak
+        if self.log:
+            self.log.write(self.step, metrics)
+        self.display.step(self.step, metrics)
+
+    def _validate(self) -> None:
+        metrics = self.validation.run(self.engine) | {"val/unigram_entropy": self.unigram_entropy}
+        if self.log:
+            self.log.write(self.step, metrics)
+        self.display.say(f"step {self.step}: validation NELBO {metrics['val/nelbo']:.4f} +- {metrics['val/nelbo_se']:.4f} nats per "
+                         f"token (perplexity <= {metrics['val/ppl_bound']:.2f}; unigram entropy {self.unigram_entropy:.4f})")
+
+    def _save(self) -> None:
+        if self.log:
+            self.log.sync()
+        trainer: dict[str, Any] = {
+            "applied_steps": self.applied,
+            "samples_consumed": self.step * self.config.train.global_batch_size,
+            "config": to_dict(self.config),
+            "data_fingerprint": fingerprint(self.plan.train_set),
+            "tokenizer_sha256": self.plan.train_set.manifest.tokenizer_sha256,
+            "special": asdict(self.special),
+            "mlflow_run_id": read_state(self.folder).get("run_id"),
+        }
+        path = checkpoint.save(self.folder / "checkpoints", self.step, self.engine.state(), trainer, self.config.train.keep_checkpoints)
+        self.saved_at = self.step
+        self.display.say(f"step {self.step}: checkpoint {path}")
+
+    def close(self) -> None:
+        self.display.close()
+        if self.log:
+            self.log.close()
+        if self.shipper and (error := self.shipper.close()):
+            self.display.say(
+                f"MLflow did not take every point ({error}); nothing is lost: `python -m pretrain track {self.folder}` ships the rest"
+            )
+
