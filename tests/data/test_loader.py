@@ -1,0 +1,124 @@
+"""The stream of training is the same for any split over ranks, microbatches, workers and resume points."""
+from __future__ import annotations
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import webdataset as wds
+
+from data.batch import CompactBatch, expand
+from data.errors import InputError
+from data.loader import Slice, StageOptions, stages, training_batches, validation_batches
+from data.masking import MaskingOptions, masking
+from data.stream import BlockStream, SequentialBlocks
+
+LENGTH, GLOBAL, PAD, MASK = 16, 24, 1, 0
+OPTIONS = StageOptions(MaskingOptions(0, GLOBAL), random_length_prob=0.2, cfg_dropout=0.3, cfg_condition="prefix")
+
+
+class Store:
+    tokens = 3000
+
+    def __init__(self):
+        self._ids = np.random.default_rng(0).integers(2, 60000, self.tokens).astype(np.uint16)
+
+    def read_tokens(self, start: int, count: int) -> np.ndarray:
+        return self._ids[start:start + count]
+
+
+def stream() -> BlockStream:
+    return BlockStream(Store(), LENGTH, 0, 128)
+
+
+def rows(batches: list[CompactBatch]) -> dict[int, tuple]:
+    """sample id -> everything that was drawn for it, as bytes."""
+    found = {}
+    for b in batches:
+        for i, sample in enumerate(b.sample_ids.tolist()):
+            assert sample not in found, f"sample {sample} was delivered twice"
+            found[sample] = tuple(np.asarray(getattr(b, f.name)[i]).tobytes() for f in fields(b))
+    return found
+
+
+def read(dp: int, micro: int, steps: int, consumed: int = 0, workers: int = 0) -> dict[int, tuple]:
+    everything = []
+    for rank in range(dp):
+        groups = list(training_batches(stream(), OPTIONS, Slice(GLOBAL, micro, rank, dp), PAD, consumed=consumed, workers=workers, steps=steps))
+        assert len(groups) == steps and all(len(g) == GLOBAL // dp // micro for g in groups)
+        everything += [b for g in groups for b in g]
+    return rows(everything)
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[int, tuple]:
+    return read(1, GLOBAL, 5)
+
+
+@pytest.mark.parametrize("dp, micro", [(1, 1), (2, 4), (3, 8), (4, 3), (24, 1)])
+def test_any_split_over_ranks_and_microbatches_delivers_the_same_samples(whole, dp, micro):
+    assert sorted(whole) == list(range(5 * GLOBAL))
+    assert read(dp, micro, 5) == whole
+
+
+def test_a_resume_at_any_step_with_another_layout_goes_on_exactly(whole):
+    for step in range(5):
+        before = read(2, 6, step) if step else {}
+        assert before | read(3, 2, 5 - step, consumed=step * GLOBAL) == whole
+
+
+def test_worker_processes_change_nothing_and_keep_the_order(whole):
+    assert read(1, 4, 5, workers=2) == whole
+    groups = list(training_batches(stream(), OPTIONS, Slice(GLOBAL, 4), PAD, workers=2, steps=5))
+    order = np.concatenate([b.sample_ids for g in groups for b in g])
+    assert order.tolist() == list(range(5 * GLOBAL))
+
+
+def test_masks_differ_on_every_rank():
+    """Ranks that share a seed must not share masks."""
+    parts = [next(training_batches(stream(), OPTIONS, Slice(GLOBAL, 8, r, 3), PAD, steps=1))[0] for r in range(3)]
+    for a in range(3):
+        for b in range(a):
+            assert not np.array_equal(parts[a].mask_bits, parts[b].mask_bits)
+
+
+@pytest.mark.parametrize("dp, micro", [(1, 4), (2, 4), (3, 5), (8, 2), (40, 1)])
+def test_validation_delivers_every_block_exactly_once_at_any_layout(dp, micro):
+    blocks = SequentialBlocks(Store(), 90)  # 34 blocks, the last of 30 tokens
+    options = StageOptions(MaskingOptions(0, len(blocks), masking="fixed_count", stream="validation"))
+    read = lambda d, m: rows([b for r in range(d) for b in validation_batches(blocks, len(blocks), options, Slice(len(blocks), m, r, d), PAD)])  # noqa: E731
+    found = read(dp, micro)
+    assert sorted(found) == list(range(34))
+    assert found == read(1, 34)
+
+
+def test_the_compact_form_ships_at_most_two_and_a_half_bytes_a_token():
+    compact = next(training_batches(BlockStream(Store(), 512, 0), OPTIONS, Slice(GLOBAL, 24), PAD, steps=1))[0]
+    size = sum(np.asarray(getattr(compact, f.name)).nbytes for f in fields(compact))
+    assert size / compact.tokens.size < 2.5
+    assert expand(compact, MASK).target_ids.shape == (24, 512)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_fault_in_the_data_arrives_as_one_line(workers):
+    blocks = BlockStream(Broken(), LENGTH, 0, 128)
+    with pytest.raises(InputError, match="^shard-000003.tar: token 70000 outside the vocabulary$"):
+        list(training_batches(blocks, OPTIONS, Slice(GLOBAL, 8), PAD, workers=workers, steps=1))
+
+
+class Broken(Store):
+    def read_tokens(self, start: int, count: int) -> np.ndarray:
+        raise InputError("shard-000003.tar: token 70000 outside the vocabulary")
+
+
+def test_the_stages_run_in_a_vanilla_webdataset_pipeline_without_the_trainer(corpus):
+    """Chunks of the tars as samples, through `.compose`, with nothing but webdataset around them."""
+    def blocks(samples):
+        for number, sample in enumerate(samples):
+            yield {"sample_id": number, "tokens": sample["tok.npy"][:LENGTH], "length": LENGTH, "condition_length": 0}
+
+    dataset = wds.WebDataset([str(p) for p in sorted((corpus / "train").glob("*.tar"))], shardshuffle=False).decode()
+    out = list(dataset.compose(blocks, lambda s: masking(s, MaskingOptions(0, 8))))
+    assert out and all(s["mask"].shape == (LENGTH,) and 0 < s["p_mask"] <= 1 for s in out)
+    chained = dataset.compose(blocks, *stages(StageOptions(MaskingOptions(0, 8), cfg_dropout=0.5, cfg_condition="prefix")))
+    assert {"mask", "t", "p_mask", "dropped", "condition_length"} <= set(next(iter(chained)))
