@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from torch import Tensor, nn
 
 from parallel.attention import attention, rotate
-from parallel.loss import DiffusionLossOutput, diffusion_loss
+from parallel.loss import DiffusionLossOutput, check_vocab_shards, diffusion_loss
 from parallel.mesh import Mesh
 from parallel.shape import ModelShape
 
@@ -116,6 +116,8 @@ class DiffusionHead(nn.Module):
         self.vocab_size = shape.vocab_size
         self.mesh = mesh
         self.weight = nn.Parameter(torch.empty(shape.padded_vocab(mesh.tp) // mesh.tp, shape.hidden_size))
+        if mesh.tp > 1:
+            check_vocab_shards(self.weight.shape[0], shape.vocab_size, mesh.tp_group, str(mesh.device))
 
     def forward(
         self, hidden_BLH: Tensor, targets_BL: Optional[Tensor] = None, masked_BL: Optional[Tensor] = None,

@@ -1,0 +1,155 @@
+"""A user's mistake ends in one line that names it, exit code 2, no process group, nothing written."""
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from pretrain import cli
+from tests.distributed.launch import ROOT, environment
+from tests.pretrain.test_training_run import arguments
+
+
+@pytest.fixture
+def broken(corpus, tmp_path) -> Path:
+    """A copy of the corpus that a test may damage."""
+    return Path(shutil.copytree(corpus, tmp_path / "corpus"))
+
+
+def fails(monkeypatch, capsys, command: list[str], *said: str) -> None:
+    """The command exits with 2 and says one line that contains every part of `said`."""
+    monkeypatch.setattr(sys, "argv", ["pretrain", *command])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    captured = capsys.readouterr()
+    assert end.value.code == 2, captured
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), captured.err
+    for part in said:
+        assert part in lines[0], lines[0]
+    assert not dist.is_initialized()
+
+
+def edit_manifest(folder: Path, **changes) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+CONFIG_MISTAKES = {
+    "unknown key": (["--train.stepz", "5"], ["train.stepz", "did you mean", "train.steps"]),
+    "ill-typed value": (["--train.steps", "many"], ["train.steps", "int", "many"]),
+    "value that is not allowed": (["--objective.masking", "sometimes"], ["objective.masking", "bernoulli | fixed_count"]),
+    "eps of 0": (["--objective.eps", "0"], ["objective.eps", "variance"]),
+    "batch that does not divide": (["--train.micro_batch_size", "3"], ["train.global_batch_size", "nearest"]),
+    "heads that do not divide": (["--model.num_heads", "5"], ["model.hidden_size", "model.num_heads", "nearest"]),
+    "kv heads that do not divide": (["--model.num_kv_heads", "3"], ["model.num_kv_heads", "nearest"]),
+    "tensor parallel ranks without a world": (["--parallel.tensor", "2"], ["1 ranks", "parallel.tensor 2", "nearest", "parallel.tensor 1"]),
+    "heads that tensor parallelism cannot split": (["--parallel.tensor", "4"], ["model.num_kv_heads 2", "parallel.tensor 4"]),
+    "vocabulary smaller than the data's": (["--model.vocab_size", "100"], ["model.vocab_size", "512"]),
+    "warm-up longer than the run": (["--optimizer.warmup_steps", "900"], ["optimizer.warmup_steps", "train.steps"]),
+    "CFG dropout without a condition": (["--data.cfg_dropout", "0.1"], ["data.cfg_dropout", "data.cfg_condition"]),
+    "stages out of order": (
+        ["--optimizer.schedule", "stages", "--optimizer.stages", "[[5,0.1,constant],[3,0.1,linear]]"], ["optimizer.stages", "rising"]),
+    "no such data": (["--data.shards", "/nowhere/train"], ["data.shards", "/nowhere/train", "prepare"]),
+    "no such checkpoint": (["--train.init_from", "/nowhere/step-1"], ["train.init_from", "/nowhere/step-1"]),
+    "apex that is not there": (["--model.norm_impl", "apex"], ["model.norm_impl", "requirements-cluster.txt"]),
+}
+
+
+@pytest.mark.parametrize("mistake", CONFIG_MISTAKES)
+def test_a_mistake_in_the_config(monkeypatch, capsys, corpus, tmp_path, mistake):
+    extra, said = CONFIG_MISTAKES[mistake]
+    fails(monkeypatch, capsys, arguments(corpus, tmp_path / "runs", "r") + extra, *said)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_mistake_in_the_yaml_file_names_its_key(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("train: {stepz: 3}\n")
+    fails(monkeypatch, capsys, ["train", "--config", str(file)], "train.stepz")
+    fails(monkeypatch, capsys, ["train", "--config", str(tmp_path / "none.yaml")], "none.yaml")
+    file.write_text("train: [1\n")
+    fails(monkeypatch, capsys, ["train", "--config", str(file)], "config")
+
+
+def test_a_missing_shard(monkeypatch, capsys, broken, tmp_path):
+    (broken / "train" / "shard-000000.tar").unlink()
+    fails(monkeypatch, capsys, arguments(broken, tmp_path / "runs", "r"), "data.shards", "shard-000000.tar", "missing")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("damage", ["one bit flipped", "cut short"])
+def test_a_corrupt_tar(monkeypatch, capsys, broken, tmp_path, damage):
+    tar = broken / "train" / "shard-000000.tar"
+    content = bytearray(tar.read_bytes())
+    if damage == "cut short":
+        del content[-1000:]
+    else:
+        content[len(content) // 2] ^= 1
+    tar.write_bytes(content)
+    fails(monkeypatch, capsys, arguments(broken, tmp_path / "runs", "r"), "data.shards", "shard-000000.tar", "prepare")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_tokenizer_that_does_not_match_the_manifest(monkeypatch, capsys, broken, tmp_path):
+    with open(broken / "train" / "tokenizer.json", "a") as file:
+        file.write("\n")
+    fails(monkeypatch, capsys, arguments(broken, tmp_path / "runs", "r"), "data.shards", "tokenizer.json", "prepare")
+
+
+def test_a_vocabulary_larger_than_the_stored_type(monkeypatch, capsys, broken, tmp_path):
+    edit_manifest(broken / "train", vocab_size=70000)
+    fails(monkeypatch, capsys, arguments(broken, tmp_path / "runs", "r"), "data.shards", "70000", "uint16")
+
+
+def test_validation_data_of_another_tokenizer(monkeypatch, capsys, corpus, broken, tmp_path):
+    from data.prepare import prepare
+    from data.prepare_options import PrepareOptions
+
+    other = tmp_path / "other"
+    prepare(PrepareOptions(out=str(other), source="stdlib", vocab_size=300, limit_bytes=1 << 17, val_fraction=0.3, processes=1), progress=False)
+    command = arguments(corpus, tmp_path / "runs", "r", **{"data.val_shards": other / "val"})
+    fails(monkeypatch, capsys, command, "data.val_shards", "tokenizer")
+
+
+def test_the_exit_code_of_the_real_process_is_2_and_it_says_one_line(corpus, tmp_path):
+    command = [sys.executable, "-m", "pretrain", *arguments(corpus, tmp_path / "runs", "r"), "--data.shards", "/nowhere"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if "Warning" not in line and not line.startswith("  ")][-1].startswith("error: data.shards")
+    assert "Traceback" not in done.stderr
+
+
+def test_an_existing_run_is_not_continued_with_another_model_seed_or_data(monkeypatch, capsys, corpus, tmp_path):
+    """The folder holds a complete checkpoint of another seed; it stays as it is."""
+    from pretrain.load_config import load_config, to_dict
+
+    command = arguments(corpus, tmp_path, "r")
+    saved = tmp_path / "r" / "checkpoints" / "step-00000004"
+    saved.mkdir(parents=True)
+    config = to_dict(load_config([*command[1:], "--run.seed", "7"]))
+    (saved / "trainer.json").write_text(json.dumps({"format": 1, "step": 4, "config": config, "data_fingerprint": "x"}))
+    fails(monkeypatch, capsys, command, "run.seed", "there 7, now 0", "run.name")
+    config["run"]["seed"] = 0
+    (saved / "trainer.json").write_text(json.dumps({"format": 1, "step": 4, "config": config, "data_fingerprint": "x"}))
+    fails(monkeypatch, capsys, command, "other shards", "data.shards")
+    assert sorted(p.name for p in (tmp_path / "r").rglob("*")) == ["checkpoints", "step-00000004", "trainer.json"]
+
+
+@pytest.mark.parametrize("command, said", [
+    (["trian"], "unknown command"), (["sample", "--run", "/nowhere"], "/nowhere"), (["sample"], "run"), (["plot", "--run", "/nowhere"], "metrics"),
+    (["track", "sync", "--run", "/nowhere"], "/nowhere"), (["prepare", "--out", "/tmp/x", "--vocab-size", "many"], "vocab_size"),
+])
+def test_a_mistake_in_another_command(monkeypatch, capsys, command, said):
+    fails(monkeypatch, capsys, command, said)
+
+
+def test_help_names_every_command(capsys):
+    assert cli.run(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n  {name}" in shown for name in cli.COMMANDS)
