@@ -72,5 +72,5 @@ def build_mesh(tensor: int = 1, timeout_seconds: int = 600) -> Mesh:
 
 
 def single_process_mesh() -> Mesh:
-    """A mesh of one process without any process group: for building on the meta device, sampling and inspection."""
+    """A mesh without any process group: enough to build a model (on the meta device, say), not to run it."""
     return Mesh(1, 1, 0, 0, torch.device("cpu"), None, None)

@@ -57,8 +57,7 @@ def _prepare(arguments: Sequence[str]) -> int:
     from data.prepare import prepare
     from data.prepare_options import PrepareOptions
 
-    for line in prepare(_options(PrepareOptions, "prepare", arguments)).lines():
-        print(line)
+    prepare(_options(PrepareOptions, "prepare", arguments))
     return 0
 
 
@@ -143,7 +142,18 @@ def run(arguments: Sequence[str]) -> int:
     return COMMANDS[arguments[0]](arguments[1:])
 
 
+def _quiet() -> None:
+    """Silences what dependencies say about parts that are not used here; everything else is still shown."""
+    import logging
+    import warnings
+
+    for module in (r"megatron\.", r"torch\.distributed", r"torch\.jit", r"mlflow\."):
+        warnings.filterwarnings("ignore", module=module)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+
+
 def main() -> None:
+    _quiet()
     try:
         code = run(sys.argv[1:])
     except (InputError, CheckpointError) as error:
@@ -151,6 +161,7 @@ def main() -> None:
             print(f"error: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
+        print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
         code = 130
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1

@@ -11,7 +11,7 @@ from data.manifest import SpecialIds
 from data.tokenizer import TextTokenizer, load_tokenizer
 from parallel import checkpoint
 from parallel.boxes import Boxes
-from parallel.mesh import single_process_mesh
+from parallel.mesh import build_mesh
 from parallel.shape import parameter_table
 from pretrain.config import Config
 from pretrain.load_config import config_from_dict
@@ -31,10 +31,13 @@ def find_checkpoint(path: str) -> Path:
 
 @torch.no_grad()
 def load_model(folder: Path) -> tuple[DiffusionTransformer, Config, dict[str, Any]]:
-    """(model in float32 on the CPU, its config, trainer.json) of the checkpoint in `folder`."""
+    """(model in float32 on the CPU, its config, trainer.json) of the checkpoint in `folder`.
+
+    Joins a process group of this process alone, since megatron-core's layers run only inside one.
+    """
     trainer = checkpoint.read_trainer(folder)
     config = config_from_dict(trainer["config"])
-    model = DiffusionTransformer(model_shape(config.model), single_process_mesh())
+    model = DiffusionTransformer(model_shape(config.model), build_mesh())
     table = parameter_table(model.shape)
     boxes = {}
     for name, parameter in model.named_parameters():

@@ -1,0 +1,43 @@
+# Every target makes .venv by itself; nothing is installed by hand.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help install install-dev quickstart test lint bench-loss clean
+
+help:            ## this list
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+# torch first and alone: a looser resolution would pull gigabytes of CUDA packages on a machine without a GPU.
+$(VENV)/.torch: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements.txt)
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+install: $(VENV)/.installed       ## make .venv and install requirements.txt
+
+install-dev: $(VENV)/.installed-dev
+
+quickstart: install               ## real text -> shards -> training on 2 ranks -> resume -> samples -> plot
+	$(BIN)/python -m pretrain quickstart
+
+test: install-dev                 ## every test
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m pytest
+
+lint: install-dev                 ## ruff
+	$(BIN)/python -m ruff check .
+
+bench-loss: install               ## the loss beside its rivals, one table
+	$(BIN)/python bench/loss.py
+
+clean:                            ## remove .venv and caches; runs/ stays
+	rm -rf $(VENV) .pytest_cache .ruff_cache
