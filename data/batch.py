@@ -3,10 +3,11 @@
 Workers draw everything and ship few bytes (uint16/32 tokens, packed mask bits, a handful of numbers per sample); the
 consumer expands. Shapes: B samples, L tokens.
 """
+
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
-from typing import Iterable, Iterator
 
 import numpy as np
 import torch

@@ -4,9 +4,10 @@ Classifier-free guidance (Ho & Salimans, arXiv 2207.12598; for masked diffusion:
 dropped condition is replaced by mask tokens, which is exactly the sampler's unconditional input. The positions that
 carry loss, their masks and weights do not change.
 """
+
 from __future__ import annotations
 
-from typing import Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from data import randomness
 

@@ -1,4 +1,5 @@
 """The one exception that means "the user can fix this": shown as one line, exit code 2."""
+
 from __future__ import annotations
 
 

@@ -6,12 +6,14 @@ Which samples a rank reads follows from (step, data-parallel rank) alone: step s
 r-th contiguous slice of them, cut into microbatches. Workers deal out whole microbatches, so their number changes
 nothing. The state of the stream is one integer: samples consumed.
 """
+
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Callable, Iterable, Iterator, Optional, Protocol
+from typing import Optional, Protocol
 
 import numpy as np
 import webdataset as wds
@@ -79,8 +81,11 @@ class BlockReader:
             if length < size:
                 tokens = np.concatenate([tokens, np.zeros(size - length, tokens.dtype)])
             yield {
-                "__key__": f"{g:012d}", "sample_id": g, "tokens": tokens.copy() if not tokens.flags.writeable else tokens,
-                "length": length, "condition_length": 0,
+                "__key__": f"{g:012d}",
+                "sample_id": g,
+                "tokens": tokens.copy() if not tokens.flags.writeable else tokens,
+                "length": length,
+                "condition_length": 0,
             }
 
 
@@ -93,7 +98,9 @@ def stages(options: StageOptions) -> list[Callable[[Iterable[dict]], Iterator[di
     if options.cfg_dropout > 0 and options.cfg_condition == "prefix":
         chain.append(partial(cfg.prefix_condition, seed=seed))
     chain.append(partial(masking, options=options.masking))
-    chain.append(partial(cfg.cfg_dropout, seed=seed, rate=options.cfg_dropout) if options.cfg_dropout > 0 else cfg.no_dropout)
+    chain.append(
+        partial(cfg.cfg_dropout, seed=seed, rate=options.cfg_dropout) if options.cfg_dropout > 0 else cfg.no_dropout
+    )
     return chain
 
 
@@ -125,11 +132,18 @@ def _validation_indices(worker: int, workers: int, *, part: Slice, total: int) -
 
 def _load(blocks: Blocks, indices: Callable, options: StageOptions, micro_batch: int, pad_id: int, workers: int):
     pipeline = wds.DataPipeline(
-        BlockReader(blocks, indices), *stages(options), partial(collate, size=micro_batch, pad_id=pad_id), _report_faults
+        BlockReader(blocks, indices),
+        *stages(options),
+        partial(collate, size=micro_batch, pad_id=pad_id),
+        _report_faults,
     )
     loader = DataLoader(
-        pipeline, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None,
-        multiprocessing_context="forkserver" if workers else None, timeout=WAIT_SECONDS if workers else 0,
+        pipeline,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        multiprocessing_context="forkserver" if workers else None,
+        timeout=WAIT_SECONDS if workers else 0,
     )
     for batch in loader:
         if isinstance(batch, _Fault):
@@ -138,7 +152,13 @@ def _load(blocks: Blocks, indices: Callable, options: StageOptions, micro_batch:
 
 
 def training_batches(
-    blocks: Blocks, options: StageOptions, part: Slice, pad_id: int, *, consumed: int = 0, workers: int = 0,
+    blocks: Blocks,
+    options: StageOptions,
+    part: Slice,
+    pad_id: int,
+    *,
+    consumed: int = 0,
+    workers: int = 0,
     steps: Optional[int] = None,
 ) -> Iterator[list[CompactBatch]]:
     """This rank's microbatches, a list for each optimizer step, starting behind `consumed` samples (whole steps).
@@ -151,7 +171,9 @@ def training_batches(
     per_step = part.microbatches_per_step
     start = first_step * per_step
     end = None if steps is None else start + steps * per_step
-    source = _load(blocks, partial(_training_indices, part=part, start=start, end=end), options, part.micro_batch, pad_id, workers)
+    source = _load(
+        blocks, partial(_training_indices, part=part, start=start, end=end), options, part.micro_batch, pad_id, workers
+    )
     while group := list(itertools.islice(source, per_step)):
         yield group
 

@@ -5,10 +5,12 @@ A webdataset-style stage: an iterator of sample dicts in, an iterator of sample 
 `mask` [L] bool, `t`, `p_mask`. Masks are drawn only inside [condition_length, length) and are carried from here on:
 nothing downstream derives them from ids.
 """
+
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Iterable, Iterator, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -37,7 +39,9 @@ class MaskingOptions:
     stream: str = "train"
 
 
-def draw_mask(sample_id: int, start: int, stop: int, size: int, options: MaskingOptions) -> tuple[np.ndarray, float, float]:
+def draw_mask(
+    sample_id: int, start: int, stop: int, size: int, options: MaskingOptions
+) -> tuple[np.ndarray, float, float]:
     """The mask of one sample: (mask [size] bool, t, p_mask), true only inside [start, stop).
 
     1 / p_mask is the weight of each masked token. With `fixed_count` p_mask = l / eligible, so the weight is eligible / l.

@@ -2,6 +2,7 @@
 
 Linear schedule (Nie et al., "Large Language Diffusion Models", arXiv 2502.09992, Algorithm 1): p = (1 - eps) t + eps, weight 1/p.
 """
+
 from __future__ import annotations
 
 from functools import lru_cache

@@ -4,6 +4,7 @@ Source: Luby & Rackoff (1988) for the network, Black & Rogaway (CT-RSA 2002) for
 not a power of two. Each image and each preimage is computed alone, so no epoch needs a table and
 starting at any position costs the same.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -29,7 +30,7 @@ class Permutation:
         self._half = max(1, ((size - 1).bit_length() + 1) // 2)
         self._mask = (1 << self._half) - 1
         digest = hashlib.blake2b(key.encode(), digest_size=8 * _ROUNDS).digest()
-        self._keys = [int.from_bytes(digest[8 * i:8 * i + 8], "little") for i in range(_ROUNDS)]
+        self._keys = [int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(_ROUNDS)]
 
     def __getitem__(self, i: int) -> int:
         return self._walk(i, self._keys, forward=True)

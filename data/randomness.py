@@ -4,6 +4,7 @@ Philox is a counter-based generator (Salmon et al., "Parallel random numbers: as
 made from (seed, purpose), the counter from (index, epoch). There is no state to carry, so a draw is the same on
 any rank, worker, microbatch or resume point. No global generator is ever read.
 """
+
 from __future__ import annotations
 
 import hashlib

@@ -167,7 +167,7 @@ class _OpenFiles:
         with self._lock:
             file = self._files.get(path)
             if file is None:
-                file = self._files[path] = open(path, "rb", buffering=0)  # noqa: SIM115 - closed when evicted
+                file = self._files[path] = open(path, "rb", buffering=0)
                 if len(self._files) > OPEN_FILES:
                     self._files.popitem(last=False)
             self._files.move_to_end(path)

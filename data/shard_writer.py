@@ -98,7 +98,7 @@ class _OpenShard:
         self.path = folder / f"shard-{number:06d}.tar"
         self.number = number
         self.temporary = self.path.with_name(self.path.name + ".tmp")
-        self.file = open(self.temporary, "wb")  # noqa: SIM115 - lives until finish()
+        self.file = open(self.temporary, "wb")
         self.hash = hashlib.sha256()
         self.position = 0
         self.index: list[tuple[int, int, int]] = []

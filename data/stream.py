@@ -7,6 +7,7 @@
 
 So in every epoch each token is read exactly once, nothing is dropped, and a start at any g costs O(1).
 """
+
 from __future__ import annotations
 
 from functools import lru_cache

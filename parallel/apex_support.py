@@ -3,6 +3,7 @@
 Apex is built from source on a cluster (requirements-cluster.txt). The package called `apex` on the public index is
 another project, so a package is taken for NVIDIA's only by the files it has, and foreign code is never imported.
 """
+
 from __future__ import annotations
 
 import importlib

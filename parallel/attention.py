@@ -2,6 +2,7 @@
 
 Shapes: B samples, L tokens, N query heads, K key/value heads, D head size.
 """
+
 from __future__ import annotations
 
 from typing import Optional

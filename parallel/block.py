@@ -4,6 +4,7 @@ Built from megatron-core's column- and row-parallel linears. q, k, v (and gate, 
 one input, so the input enters the tensor-parallel region once and its gradient is all-reduced once, not once a linear.
 Shapes: B samples, L tokens, H hidden, N heads, K key/value heads (both of this rank), D head size.
 """
+
 from __future__ import annotations
 
 from typing import Optional
@@ -28,22 +29,36 @@ def _unused_init(weight: Tensor) -> None:
 def _layer_config(mesh: Mesh) -> ModelParallelConfig:
     # perform_initialization is off: megatron-core would draw from a global generator, per rank.
     return ModelParallelConfig(
-        tensor_model_parallel_size=mesh.tp, use_cpu_initialization=True, perform_initialization=False,
+        tensor_model_parallel_size=mesh.tp,
+        use_cpu_initialization=True,
+        perform_initialization=False,
         params_dtype=torch.get_default_dtype(),
     )
 
 
 def _column(inputs: int, outputs: int, mesh: Mesh) -> ColumnParallelLinear:
     return ColumnParallelLinear(
-        inputs, outputs, config=_layer_config(mesh), init_method=_unused_init, bias=False, gather_output=False,
-        disable_grad_reduce=True, tp_group=mesh.tp_group,
+        inputs,
+        outputs,
+        config=_layer_config(mesh),
+        init_method=_unused_init,
+        bias=False,
+        gather_output=False,
+        disable_grad_reduce=True,
+        tp_group=mesh.tp_group,
     )
 
 
 def _row(inputs: int, outputs: int, mesh: Mesh) -> RowParallelLinear:
     return RowParallelLinear(
-        inputs, outputs, config=_layer_config(mesh), init_method=_unused_init, bias=False, input_is_parallel=True,
-        skip_bias_add=False, tp_group=mesh.tp_group,
+        inputs,
+        outputs,
+        config=_layer_config(mesh),
+        init_method=_unused_init,
+        bias=False,
+        input_is_parallel=True,
+        skip_bias_add=False,
+        tp_group=mesh.tp_group,
     )
 
 
@@ -100,7 +115,10 @@ class TransformerBlock(nn.Module):
 def vocab_embedding(shape: ModelShape, mesh: Mesh) -> VocabParallelEmbedding:
     """Token embedding whose rows are spread over the tensor-parallel ranks; ids [B, L] -> [B, L, H] on every rank."""
     return VocabParallelEmbedding(
-        shape.padded_vocab(mesh.tp), shape.hidden_size, init_method=_unused_init, config=_layer_config(mesh),
+        shape.padded_vocab(mesh.tp),
+        shape.hidden_size,
+        init_method=_unused_init,
+        config=_layer_config(mesh),
         tp_group=mesh.tp_group,
     )
 
@@ -120,18 +138,28 @@ class DiffusionHead(nn.Module):
             check_vocab_shards(self.weight.shape[0], shape.vocab_size, mesh.tp_group, str(mesh.device))
 
     def forward(
-        self, hidden_BLH: Tensor, targets_BL: Optional[Tensor] = None, masked_BL: Optional[Tensor] = None,
-        weight_BL: Optional[Tensor] = None, normalizer: Optional[Tensor] = None,
+        self,
+        hidden_BLH: Tensor,
+        targets_BL: Optional[Tensor] = None,
+        masked_BL: Optional[Tensor] = None,
+        weight_BL: Optional[Tensor] = None,
+        normalizer: Optional[Tensor] = None,
     ) -> DiffusionLossOutput | Tensor:
         """The loss (targets given; `ce` and `correct` come as [T] = [B L]) or the logits [B, L, vocab_size]."""
         if targets_BL is not None:
             return diffusion_loss(
-                hidden_BLH.flatten(0, 1), self.weight, targets_BL.flatten(), masked_BL.flatten(), weight_BL.flatten(),
-                normalizer, tp_group=self.mesh.tp_group if self.mesh.tp > 1 else None, vocab_size=self.vocab_size,
+                hidden_BLH.flatten(0, 1),
+                self.weight,
+                targets_BL.flatten(),
+                masked_BL.flatten(),
+                weight_BL.flatten(),
+                normalizer,
+                tp_group=self.mesh.tp_group if self.mesh.tp > 1 else None,
+                vocab_size=self.vocab_size,
             )
         local = F.linear(hidden_BLH, self.weight)
         if self.mesh.tp > 1:
             shares = [torch.empty_like(local) for _ in range(self.mesh.tp)]
             torch.distributed.all_gather(shares, local.contiguous(), group=self.mesh.tp_group)
             local = torch.cat(shares, -1)
-        return local[..., :self.vocab_size]
+        return local[..., : self.vocab_size]

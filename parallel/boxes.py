@@ -3,10 +3,11 @@
 torch.distributed.checkpoint plans and moves any object with the three dunder methods below, so a checkpoint written at one
 layout is read at any other without a gather. The views alias live storage: loading writes in place.
 """
+
 from __future__ import annotations
 
 import math
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +21,9 @@ Offsets = tuple[int, ...]
 class Boxes:
     """`parts`: (offset of the box in the full tensor, view of its values); empty boxes are left out."""
 
-    def __init__(self, shape: Sequence[int], parts: Sequence[tuple[Offsets, Tensor]], dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, shape: Sequence[int], parts: Sequence[tuple[Offsets, Tensor]], dtype: torch.dtype = torch.float32
+    ):
         self.shape = torch.Size(shape)
         self.dtype = dtype
         self.parts = [(torch.Size(offset), view) for offset, view in parts if view.numel()]
@@ -35,7 +38,8 @@ class Boxes:
         properties = TensorProperties(dtype=self.dtype)
         return [
             WriteItem(
-                MetadataIndex(fqn, offset), WriteItemType.SHARD,
+                MetadataIndex(fqn, offset),
+                WriteItemType.SHARD,
                 tensor_data=TensorWriteData(ChunkStorageMetadata(offset, view.size()), properties, self.shape),
             )
             for offset, view in self.parts

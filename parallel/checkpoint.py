@@ -7,6 +7,7 @@ A checkpoint is written to a fresh temporary folder, fsynced and renamed, then `
 newest complete one in place. Inside: float32 master weights and both Adam moments by logical name, and trainer.json with
 whatever the training loop needs to go on (step, samples consumed, config, MLflow run id, ...).
 """
+
 from __future__ import annotations
 
 import json
@@ -14,8 +15,9 @@ import os
 import pickle
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
@@ -35,18 +37,29 @@ class _MetadataUnpickler(pickle.Unpickler):
 
     _allowed = {
         ("torch.distributed.checkpoint.metadata", name)
-        for name in ("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex",
-                     "StorageMeta", "_MEM_FORMAT_ENCODING", "BytesStorageMetadata")
+        for name in (
+            "Metadata",
+            "TensorStorageMetadata",
+            "TensorProperties",
+            "ChunkStorageMetadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
+            "BytesStorageMetadata",
+        )
     } | {
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
         ("torch", "Size"),
         ("torch.serialization", "_get_layout"),
         ("collections", "OrderedDict"),
-        ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"),  # the writer's own path; never opened
+        ("pathlib", "PosixPath"),
+        ("pathlib._local", "PosixPath"),  # the writer's own path; never opened
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self._allowed or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+        if (module, name) in self._allowed or (
+            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        ):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
 
@@ -120,7 +133,9 @@ def save(root: Path, step: int, state: Mapping[str, Boxes], trainer: Mapping[str
     if _distributed():
         dist.barrier()
     dcp.save(
-        dict(state), storage_writer=FileSystemWriter(str(temporary), sync_files=True), planner=BoxSavePlanner(),
+        dict(state),
+        storage_writer=FileSystemWriter(str(temporary), sync_files=True),
+        planner=BoxSavePlanner(),
         no_dist=not _distributed(),
     )
     if rank == 0:

@@ -1,8 +1,10 @@
 """What the training loop asks of an engine, whatever shards the parameters underneath."""
+
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn

@@ -6,11 +6,13 @@ Proven equal to one process: loss, gradient norm, parameters (tests/distributed)
   over the global batch by a denominator known beforehand;
 - on a CPU: the client's AdamW, and no op that would be compiled at start-up.
 """
+
 from __future__ import annotations
 
 import os
 import warnings
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,8 +89,16 @@ class DeepSpeedEngine:
     """An `Engine` (parallel.engine) over DeepSpeed ZeRO-3."""
 
     def __init__(
-        self, module: nn.Module, shape: ModelShape, mesh: Mesh, *, optimizer: AdamWOptions, micro_batch_size: int,
-        accumulation: int, grad_clip: float, bf16: bool,
+        self,
+        module: nn.Module,
+        shape: ModelShape,
+        mesh: Mesh,
+        *,
+        optimizer: AdamWOptions,
+        micro_batch_size: int,
+        accumulation: int,
+        grad_clip: float,
+        bf16: bool,
     ):
         deepspeed = import_deepspeed()
         self.mesh = mesh
@@ -105,7 +115,10 @@ class DeepSpeedEngine:
             deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
         client = _optimizer(module, optimizer, {n for n, spec in self._table.items() if spec.decayed})
         self._engine, *_ = deepspeed.initialize(
-            model=module, optimizer=client, mpu=_ModelParallelUnit(mesh), dist_init_required=False,
+            model=module,
+            optimizer=client,
+            mpu=_ModelParallelUnit(mesh),
+            dist_init_required=False,
             config=_config(module, mesh, micro_batch_size, accumulation, grad_clip, bf16),
         )
         self._zero = self._engine.optimizer
@@ -141,7 +154,12 @@ class DeepSpeedEngine:
             local = spec.local_shape(self.mesh.tp, self._padded_vocab)
             for kind in ("weight", *MOMENTS):
                 boxes[f"{kind}/{name}"] = boxes_of_flat_partition(
-                    spec.shape, local, spec.tp_dim, self.mesh.tp_rank, self._partition(parameter, kind), self.mesh.dp_rank
+                    spec.shape,
+                    local,
+                    spec.tp_dim,
+                    self.mesh.tp_rank,
+                    self._partition(parameter, kind),
+                    self.mesh.dp_rank,
                 )
         return boxes
 
@@ -159,7 +177,11 @@ class DeepSpeedEngine:
         """This rank's flat float32 partition (a view; nothing is offloaded)."""
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
-        return safe_get_local_fp32_param(parameter) if kind == "weight" else safe_get_local_optimizer_state(parameter, kind)
+        return (
+            safe_get_local_fp32_param(parameter)
+            if kind == "weight"
+            else safe_get_local_optimizer_state(parameter, kind)
+        )
 
     def _create_moments(self) -> None:
         """DeepSpeed leaves Adam's state empty until the first step; a load before it needs somewhere to write."""
@@ -167,12 +189,17 @@ class DeepSpeedEngine:
         for flat in self._zero.fp32_partitioned_groups_flat:
             if not inner.state[flat]:
                 inner.state[flat].update(
-                    step=torch.zeros((), dtype=torch.float32, device=flat.device if torch.cuda.is_available() else "cpu"),
-                    exp_avg=torch.zeros_like(flat.data), exp_avg_sq=torch.zeros_like(flat.data),
+                    step=torch.zeros(
+                        (), dtype=torch.float32, device=flat.device if torch.cuda.is_available() else "cpu"
+                    ),
+                    exp_avg=torch.zeros_like(flat.data),
+                    exp_avg_sq=torch.zeros_like(flat.data),
                 )
 
 
-def _config(module: nn.Module, mesh: Mesh, micro: int, accumulation: int, grad_clip: float, bf16: bool) -> dict[str, Any]:
+def _config(
+    module: nn.Module, mesh: Mesh, micro: int, accumulation: int, grad_clip: float, bf16: bool
+) -> dict[str, Any]:
     largest = max(p.numel() for p in module.parameters())
     total = sum(p.numel() for p in module.parameters())
     return {

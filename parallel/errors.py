@@ -1,4 +1,5 @@
 """Mistakes that a person can fix and that only this package can see."""
+
 from __future__ import annotations
 
 

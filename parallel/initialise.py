@@ -1,4 +1,5 @@
 """Initial weights from (seed, parameter name, row) alone: the same full weights at every layout."""
+
 from __future__ import annotations
 
 import hashlib

@@ -1,4 +1,5 @@
 """Which layouts are legal: a pure function that answers in microseconds, without GPUs or process groups."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -28,10 +29,15 @@ def check_layout(
 ) -> Optional[Illegal]:
     """None if the layout is legal, else the first reason against it."""
     for key, value in (
-        ("model.num_layers", shape.num_layers), ("model.hidden_size", shape.hidden_size), ("model.num_heads", shape.num_heads),
-        ("model.num_kv_heads", shape.num_kv_heads), ("model.ffn_hidden_size", shape.ffn_hidden_size),
-        ("model.vocab_size", shape.vocab_size), ("parallel.tensor", tensor),
-        ("train.global_batch_size", global_batch_size), ("train.micro_batch_size", micro_batch_size),
+        ("model.num_layers", shape.num_layers),
+        ("model.hidden_size", shape.hidden_size),
+        ("model.num_heads", shape.num_heads),
+        ("model.num_kv_heads", shape.num_kv_heads),
+        ("model.ffn_hidden_size", shape.ffn_hidden_size),
+        ("model.vocab_size", shape.vocab_size),
+        ("parallel.tensor", tensor),
+        ("train.global_batch_size", global_batch_size),
+        ("train.micro_batch_size", micro_batch_size),
     ):
         if value < 1:
             return Illegal(f"{key} is {value}", f"{key} >= 1")
@@ -53,15 +59,20 @@ def check_layout(
             f"model.num_kv_heads {heads}",
         )
     for key, size in (
-        ("model.num_heads", shape.num_heads), ("model.num_kv_heads", shape.num_kv_heads),
+        ("model.num_heads", shape.num_heads),
+        ("model.num_kv_heads", shape.num_kv_heads),
         ("model.ffn_hidden_size", shape.ffn_hidden_size),
     ):
         if size % tensor:
             allowed = _nearest(tensor, _divisors(shape.num_heads, shape.num_kv_heads, shape.ffn_hidden_size))
-            return Illegal(f"{key} {size} cannot be split over parallel.tensor {tensor} ranks", f"parallel.tensor {allowed}")
+            return Illegal(
+                f"{key} {size} cannot be split over parallel.tensor {tensor} ranks", f"parallel.tensor {allowed}"
+            )
     if world_size % tensor:
         allowed = _nearest(tensor, _divisors(world_size, shape.num_heads, shape.num_kv_heads, shape.ffn_hidden_size))
-        return Illegal(f"{world_size} ranks are not a multiple of parallel.tensor {tensor}", f"parallel.tensor {allowed}")
+        return Illegal(
+            f"{world_size} ranks are not a multiple of parallel.tensor {tensor}", f"parallel.tensor {allowed}"
+        )
     unit = world_size // tensor * micro_batch_size
     if global_batch_size % unit:
         return Illegal(

@@ -9,6 +9,7 @@ every rank combines them in rank order, so the loss has the same bits everywhere
 Legend: T tokens, n masked rows, c rows of one chunk, H hidden size, V vocab rows of this rank.
 "wide" is the dtype of logits, statistics and sums: float64 for float64 inputs, else float32.
 """
+
 from __future__ import annotations
 
 import functools

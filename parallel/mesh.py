@@ -1,4 +1,5 @@
 """The process mesh (dp, tp): built once; everything else asks it. Tensor-parallel ranks are neighbours."""
+
 from __future__ import annotations
 
 import os
@@ -46,7 +47,7 @@ def build_mesh(tensor: int = 1, timeout_seconds: int = 600) -> Mesh:
     """Joins the process group (gloo on CPU, nccl on GPUs) and lays the mesh over it.
 
     Every collective of every group ends with an error after `timeout_seconds`. The world size must be a multiple of `tensor`
-    (parallel.legality says so earlier and nicer).
+    (parallel.legality says so earlier and nicer). A second call gives the same mesh.
     """
     rank, local_rank, world = world_from_environment()
     timeout = timedelta(seconds=timeout_seconds)
@@ -62,12 +63,20 @@ def build_mesh(tensor: int = 1, timeout_seconds: int = 600) -> Mesh:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
             dist.init_process_group(backend, rank=rank, world_size=world, timeout=timeout)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor, distributed_timeout_minutes=max(1, timeout_seconds // 60)
-    )
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor, distributed_timeout_minutes=max(1, timeout_seconds // 60)
+        )
+    elif parallel_state.get_tensor_model_parallel_world_size() != tensor:
+        raise ValueError("this process already has a mesh with another number of tensor-parallel ranks")
     return Mesh(
-        dp=world // tensor, tp=tensor, dp_rank=rank // tensor, tp_rank=rank % tensor, device=device,
-        dp_group=parallel_state.get_data_parallel_group(), tp_group=parallel_state.get_tensor_model_parallel_group(),
+        dp=world // tensor,
+        tp=tensor,
+        dp_rank=rank // tensor,
+        tp_rank=rank % tensor,
+        device=device,
+        dp_group=parallel_state.get_data_parallel_group(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
     )
 
 

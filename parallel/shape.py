@@ -3,13 +3,16 @@
 The table is by name and holds the logical tensors: q, k, v, gate and up apart, the vocabulary without padding. Building,
 initialisation, weight decay, parameter counts and checkpoints all read it; nothing is read from parameter attributes.
 """
+
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from typing import Optional
 
-VOCAB_MULTIPLE = 128  # rows of the output matrix per tensor-parallel rank come in multiples of this (tile size of GEMMs)
+VOCAB_MULTIPLE = (
+    128  # rows of the output matrix per tensor-parallel rank come in multiples of this (tile size of GEMMs)
+)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
 """The command line: `python -m pretrain COMMAND ...`. Exit codes: 0 done, 2 a mistake in config or input, others are crashes."""
+
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import traceback
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from data.errors import InputError
 from parallel.errors import CheckpointError
@@ -29,20 +32,29 @@ Every mistake in a config or an input ends with one line and exit code 2, before
 def _parser(description: str):
     from jsonargparse import ArgumentParser
 
-    return ArgumentParser(exit_on_error=False, description=description, prog="python -m pretrain")
+    return ArgumentParser(
+        exit_on_error=False, description=description, prog=f"python -m pretrain {description.split(':')[0]}"
+    )
 
 
-def _options(cls: type, name: str, arguments: Sequence[str]) -> Any:
-    """An options dataclass from a command line; its docstring is the help."""
-    from jsonargparse import ArgumentError
-
+def _options(cls: type, name: str, arguments: Sequence[str], positional: str = "") -> Any:
+    """An options dataclass from a command line; its docstring is the help. `positional`: a list field given without its name."""
     parser = _parser(f"{name}: {(cls.__doc__ or '').splitlines()[0]}")
-    parser.add_class_arguments(cls, as_positional=False)
-    try:
-        values = parser.instantiate(parser.parse_args([_dashes_to_underscores(a) for a in arguments]))
-    except ArgumentError as error:
-        raise InputError(f"{name}: {' '.join(str(error).split())}; `python -m pretrain {name} --help` shows the options") from None
-    return cls(**vars(values))
+    if positional:
+        parser.add_argument(positional, nargs="*", default=[], help="files and folders to read")
+    parser.add_class_arguments(cls, skip={positional} if positional else None)
+    for field in dataclasses.fields(cls):
+        arguments = _flag(arguments, f"--{field.name}") if field.type in ("bool", bool) else arguments
+    return cls(**vars(parser.instantiate(_parse(parser, name, arguments))))
+
+
+def _flag(arguments: Sequence[str], option: str) -> list[str]:
+    """`--quiet` alone means `--quiet true`."""
+    found = list(arguments)
+    for at, argument in enumerate(arguments):
+        if argument == option and (at + 1 == len(arguments) or arguments[at + 1].startswith("--")):
+            found[at] = f"{option}=true"
+    return found
 
 
 def _dashes_to_underscores(argument: str) -> str:
@@ -57,7 +69,7 @@ def _prepare(arguments: Sequence[str]) -> int:
     from data.prepare import prepare
     from data.prepare_options import PrepareOptions
 
-    prepare(_options(PrepareOptions, "prepare", arguments))
+    prepare(_options(PrepareOptions, "prepare", arguments, positional="inputs"))
     return 0
 
 
@@ -110,8 +122,11 @@ def _doctor(arguments: Sequence[str]) -> int:
 
 
 def _quickstart(arguments: Sequence[str]) -> int:
-    _parse(_parser("quickstart: prepare, train on 2 ranks, resume, sample and plot, on the standard library's sources"),
-           "quickstart", arguments)
+    _parse(
+        _parser("quickstart: prepare, train on 2 ranks, resume, sample and plot, on the standard library's sources"),
+        "quickstart",
+        arguments,
+    )
     from pretrain.quickstart import quickstart
 
     return quickstart()
@@ -123,11 +138,18 @@ def _parse(parser: Any, name: str, arguments: Sequence[str]) -> Any:
     try:
         return parser.parse_args([_dashes_to_underscores(a) for a in arguments])
     except ArgumentError as error:
-        raise InputError(f"{name}: {' '.join(str(error).split())}; `python -m pretrain {name} --help` shows the options") from None
+        raise InputError(
+            f"{name}: {' '.join(str(error).split())}; `python -m pretrain {name} --help` shows the options"
+        ) from None
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "prepare": _prepare, "train": _train, "sample": _sample, "plot": _plot, "track": _track, "doctor": _doctor,
+    "prepare": _prepare,
+    "train": _train,
+    "sample": _sample,
+    "plot": _plot,
+    "track": _track,
+    "doctor": _doctor,
     "quickstart": _quickstart,
 }
 

@@ -1,4 +1,5 @@
 """The typed configuration: one dataclass per section, filled from YAML plus dotted overrides (`--section.key value`)."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field

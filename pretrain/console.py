@@ -1,4 +1,5 @@
 """What rank 0 shows while it trains: a progress bar on a terminal, plain lines in a log."""
+
 from __future__ import annotations
 
 import sys
@@ -22,8 +23,13 @@ class TrainingDisplay:
         self._bar: Optional[Progress] = None
         if active and self.console.is_terminal:
             self._bar = Progress(
-                TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"),
-                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console,
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self.console,
             )
             self._task = self._bar.add_task("", total=stop, completed=start)
             self._bar.start()
@@ -32,8 +38,10 @@ class TrainingDisplay:
         """`step` optimizer steps are done."""
         if not self.active:
             return
-        text = (f"loss {metrics['train/loss']:.4f}  grad norm {metrics['train/grad_norm']:.3f}  "
-                f"lr {metrics['train/lr']:.2e}  {metrics['perf/tokens_per_second']:,.0f} tokens/s")
+        text = (
+            f"loss {metrics['train/loss']:.4f}  grad norm {metrics['train/grad_norm']:.3f}  "
+            f"lr {metrics['train/lr']:.2e}  {metrics['perf/tokens_per_second']:,.0f} tokens/s"
+        )
         if self._bar:
             self._bar.update(self._task, completed=step, description=text)
         elif step == self.stop or (self.log_every and step % self.log_every == 0):

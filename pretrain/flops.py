@@ -1,4 +1,5 @@
 """FLOPs of training, in one place."""
+
 from __future__ import annotations
 
 import math

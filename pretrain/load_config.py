@@ -1,12 +1,14 @@
 """YAML + dotted overrides -> Config, through jsonargparse; every mistake becomes one line."""
+
 from __future__ import annotations
 
 import difflib
 import re
 import typing
+from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any, Optional
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
@@ -17,7 +19,9 @@ from pretrain.config import Config
 
 def config_parser(description: str = "") -> ArgumentParser:
     """A parser of `--config FILE` and every `--section.key value`; callers may add their own options."""
-    parser = ArgumentParser(exit_on_error=False, description=description)
+    parser = ArgumentParser(
+        exit_on_error=False, description=description, prog=f"python -m pretrain {description.split(':')[0]}".strip()
+    )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file; options after it override it")
     parser.add_class_arguments(Config)
     return parser
@@ -69,7 +73,8 @@ def known_keys() -> dict[str, str]:
     hints = typing.get_type_hints(Config)
     return {
         f"{section}.{key}": _type_name(hint)
-        for section, cls in hints.items() if is_dataclass(cls)
+        for section, cls in hints.items()
+        if is_dataclass(cls)
         for key, hint in typing.get_type_hints(cls).items()
     }
 
@@ -84,7 +89,9 @@ def _type_name(hint: Any) -> str:
 
 def _unknown(key: str) -> Optional[str]:
     close = difflib.get_close_matches(key, list(known_keys()), 3, 0.5)
-    return f"unknown key {key}: " + (f"did you mean {', '.join(close)}?" if close else "see configs/quickstart.yaml for all keys")
+    return f"unknown key {key}: " + (
+        f"did you mean {', '.join(close)}?" if close else "see configs/quickstart.yaml for all keys"
+    )
 
 
 def _one_line(message: str) -> str:

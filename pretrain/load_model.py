@@ -1,4 +1,5 @@
 """A trained model in one process, read from any checkpoint: for sampling and inspection."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -25,7 +26,9 @@ def find_checkpoint(path: str) -> Path:
         return folder
     newest = checkpoint.latest(folder / "checkpoints")
     if newest is None:
-        raise InputError(f"{path}: no checkpoint there; name a run folder (its newest is taken) or RUN/checkpoints/step-NNNNNNNN")
+        raise InputError(
+            f"{path}: no checkpoint there; name a run folder (its newest is taken) or RUN/checkpoints/step-NNNNNNNN"
+        )
     return newest
 
 
@@ -53,5 +56,7 @@ def load_run_tokenizer(checkpoint_folder: Path, trainer: dict[str, Any]) -> Text
     file = checkpoint_folder.parent.parent / "tokenizer.json"
     tokenizer = load_tokenizer(file, special=SpecialIds(**trainer["special"]))
     if tokenizer.sha256 != trainer["tokenizer_sha256"]:
-        raise InputError(f"{file} is not the tokenizer that {checkpoint_folder} was trained with: restore the original file")
+        raise InputError(
+            f"{file} is not the tokenizer that {checkpoint_folder} was trained with: restore the original file"
+        )
     return tokenizer

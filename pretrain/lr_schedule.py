@@ -1,4 +1,5 @@
 """The learning rate as a pure function of the step, so that a resume needs no scheduler state."""
+
 from __future__ import annotations
 
 import math
@@ -18,7 +19,9 @@ def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float
     if config.schedule == "stages":
         peak = _staged(step, config)
     elif config.schedule == "wsd":
-        peak = _interpolate(config.lr, config.min_lr, (step + 1 - (total_steps - config.decay_steps)) / max(config.decay_steps, 1))
+        peak = _interpolate(
+            config.lr, config.min_lr, (step + 1 - (total_steps - config.decay_steps)) / max(config.decay_steps, 1)
+        )
     elif config.schedule == "cosine":
         progress = (step + 1 - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
         peak = _interpolate(config.lr, config.min_lr, (1 - math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2)
@@ -51,7 +54,9 @@ def check_schedule(config: Config) -> None:
                 f"optimizer.stages ends at steps {ends}: give at least one [until_step, lr, constant|linear], until_step rising"
             )
     elif options.stages:
-        raise InputError(f"optimizer.stages is set but optimizer.schedule is {options.schedule}: set optimizer.schedule=stages")
+        raise InputError(
+            f"optimizer.stages is set but optimizer.schedule is {options.schedule}: set optimizer.schedule=stages"
+        )
     if options.schedule == "wsd" and options.warmup_steps + options.decay_steps > steps:
         raise InputError(
             f"optimizer.warmup_steps {options.warmup_steps} + optimizer.decay_steps {options.decay_steps} exceed train.steps "

@@ -2,9 +2,10 @@
 
 Everything is a ratio of sums over the tokens of the global batch, so it is exact for any split over ranks and microbatches.
 """
+
 from __future__ import annotations
 
-from typing import Iterable
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -38,10 +39,17 @@ def token_sums(batch: DiffusionBatch, ce: Tensor, correct: Tensor) -> Tensor:
     ce, masked, weight = ce.detach().double().cpu(), batch.masked, batch.weight.double()
     bins = (batch.t[masked] * T_BINS).long().clamp(max=T_BINS - 1)
     ce_by_bin = torch.zeros(T_BINS, dtype=torch.float64).index_add_(0, bins, ce[masked])
-    totals = torch.stack((
-        (weight * ce).sum(), ce[masked].sum(), correct.cpu()[masked].sum().double(), masked.sum().double(),
-        batch.eligible.sum().double(), batch.p_mask[batch.eligible].double().sum(), weight[masked].sum(),
-    ))
+    totals = torch.stack(
+        (
+            (weight * ce).sum(),
+            ce[masked].sum(),
+            correct.cpu()[masked].sum().double(),
+            masked.sum().double(),
+            batch.eligible.sum().double(),
+            batch.p_mask[batch.eligible].double().sum(),
+            weight[masked].sum(),
+        )
+    )
     return torch.cat((totals, ce_by_bin, torch.bincount(bins, minlength=T_BINS).double()))
 
 
@@ -53,12 +61,16 @@ def train_metrics(sums: Tensor, normalizer: float) -> dict[str, float]:
     """
     weighted, ce, correct, masked, eligible, p_mask, weight = sums[:7].tolist()
     metrics = {
-        "train/loss": weighted / normalizer, "train/num_masked_tokens": masked, "train/mask_ratio": masked / max(eligible, 1),
+        "train/loss": weighted / normalizer,
+        "train/num_masked_tokens": masked,
+        "train/mask_ratio": masked / max(eligible, 1),
         "train/avg_p_mask": p_mask / max(eligible, 1),
     }
     if masked:
         metrics |= {
-            "train/ce_loss": ce / masked, "train/accuracy": correct / masked, "train/importance_weight_avg": weight / masked,
+            "train/ce_loss": ce / masked,
+            "train/accuracy": correct / masked,
+            "train/importance_weight_avg": weight / masked,
         }
     for k in range(T_BINS):
         if count := float(sums[7 + T_BINS + k]):

@@ -2,6 +2,7 @@
 
 Shapes: B samples, L tokens, H hidden, V vocabulary.
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple, Optional
@@ -51,8 +52,13 @@ class DiffusionTransformer(nn.Module):
             block.compute = torch.compile(block._compute)
 
     def forward(
-        self, noisy_ids: Tensor, position_ids: Tensor, document_ids: Optional[Tensor] = None,
-        target_ids: Optional[Tensor] = None, masked: Optional[Tensor] = None, weight: Optional[Tensor] = None,
+        self,
+        noisy_ids: Tensor,
+        position_ids: Tensor,
+        document_ids: Optional[Tensor] = None,
+        target_ids: Optional[Tensor] = None,
+        masked: Optional[Tensor] = None,
+        weight: Optional[Tensor] = None,
         normalizer: Optional[Tensor] = None,
     ) -> ModelOutput | Tensor:
         """ModelOutput when `target_ids` is given, else logits [B, L, V]. All inputs [B, L].
@@ -73,7 +79,9 @@ class DiffusionTransformer(nn.Module):
         return ModelOutput(loss, ce.view_as(weight), correct.view_as(weight))
 
 
-def build_model(config: ModelConfig, mesh: Mesh, seed: int, activation_checkpointing: str = "none") -> DiffusionTransformer:
+def build_model(
+    config: ModelConfig, mesh: Mesh, seed: int, activation_checkpointing: str = "none"
+) -> DiffusionTransformer:
     """The model with its initial weights (a function of seed and parameter names alone), on the CPU in float32."""
     model = DiffusionTransformer(model_shape(config), mesh, activation_checkpointing)
     initialise(model, model.shape, mesh, seed)

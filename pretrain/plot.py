@@ -1,4 +1,5 @@
 """`plot`: the loss curves of a run as a PNG, from its metrics.jsonl."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -11,10 +12,14 @@ def plot(run: str, output: str = "") -> Path:
     """Draws training loss, cross-entropy and validation NELBO (with two standard errors) of the run folder; returns the file."""
     folder = Path(run)
     lines = list(read_metrics(folder))
-    train = [(m["step"], m["train/loss"], m["train/ce_loss"]) for m in lines if isinstance(m.get("train/ce_loss"), float)]
+    train = [
+        (m["step"], m["train/loss"], m["train/ce_loss"]) for m in lines if isinstance(m.get("train/ce_loss"), float)
+    ]
     val = [(m["step"], m["val/nelbo"], m["val/nelbo_se"]) for m in lines if isinstance(m.get("val/nelbo"), float)]
     if not train:
-        raise InputError(f"plot: {folder / 'metrics.jsonl'} holds no training metrics; name a run folder that `train` made")
+        raise InputError(
+            f"plot: {folder / 'metrics.jsonl'} holds no training metrics; name a run folder that `train` made"
+        )
     import matplotlib
 
     matplotlib.use("Agg")
@@ -27,7 +32,9 @@ def plot(run: str, output: str = "") -> Path:
     axes.plot(steps, _smooth(ce), color="tab:gray", label="cross-entropy of masked tokens, smoothed")
     if val:
         steps, nelbo, error = zip(*val)
-        axes.errorbar(steps, nelbo, [2 * e for e in error], color="tab:red", marker="o", label="validation NELBO (+- 2 SE)")
+        axes.errorbar(
+            steps, nelbo, [2 * e for e in error], color="tab:red", marker="o", label="validation NELBO (+- 2 SE)"
+        )
     entropy = next((m["val/unigram_entropy"] for m in lines if "val/unigram_entropy" in m), None)
     if entropy:
         axes.axhline(entropy, color="black", linestyle=":", label="unigram entropy of the validation tokens")

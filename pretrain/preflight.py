@@ -1,4 +1,5 @@
 """Every check of a training run that needs neither a GPU nor a process group: a mistake ends here, with exit code 2."""
+
 from __future__ import annotations
 
 import os
@@ -19,8 +20,15 @@ from pretrain.model import model_shape
 
 # What the stream and the parameters follow from: changing one of these in an existing run would make it another run.
 FROZEN = (
-    "run.seed", "model", "data.sequence_length", "data.packing", "data.random_length_prob", "data.cfg_dropout",
-    "data.cfg_condition", "objective", "train.global_batch_size",
+    "run.seed",
+    "model",
+    "data.sequence_length",
+    "data.packing",
+    "data.random_length_prob",
+    "data.cfg_dropout",
+    "data.cfg_condition",
+    "objective",
+    "train.global_batch_size",
 )
 
 
@@ -53,7 +61,9 @@ def preflight(config: Config) -> Plan:
     train_set = _open("data.shards", config.data.shards, verify)
     val_set = _open("data.val_shards", config.data.val_shards, verify) if config.data.val_shards else None
     if config.train.validate_every and val_set is None:
-        raise InputError("data.val_shards is empty but train.validate_every is set: name a folder or set train.validate_every=0")
+        raise InputError(
+            "data.val_shards is empty but train.validate_every is set: name a folder or set train.validate_every=0"
+        )
     for key, shards in (("data.shards", train_set), ("data.val_shards", val_set)):
         if shards and shards.vocab_size > config.model.vocab_size:
             raise InputError(
@@ -84,11 +94,20 @@ def _check_values(config: Config) -> None:
         ("train.grad_clip", config.train.grad_clip, config.train.grad_clip >= 0, ">= 0 (0 = off)"),
         ("train.keep_checkpoints", config.train.keep_checkpoints, config.train.keep_checkpoints >= 1, ">= 1"),
         ("data.sequence_length", config.data.sequence_length, config.data.sequence_length >= 1, ">= 1"),
-        ("data.random_length_prob", config.data.random_length_prob, 0 <= config.data.random_length_prob <= 1, "in [0, 1]"),
+        (
+            "data.random_length_prob",
+            config.data.random_length_prob,
+            0 <= config.data.random_length_prob <= 1,
+            "in [0, 1]",
+        ),
         ("data.cfg_dropout", config.data.cfg_dropout, 0 <= config.data.cfg_dropout < 1, "in [0, 1)"),
         ("data.workers", config.data.workers, config.data.workers >= 0, ">= 0"),
-        ("objective.eps", config.objective.eps, 0 < config.objective.eps < 1,
-         "in (0, 1): with eps 0 the weight 1/p has infinite variance"),
+        (
+            "objective.eps",
+            config.objective.eps,
+            0 < config.objective.eps < 1,
+            "in (0, 1): with eps 0 the weight 1/p has infinite variance",
+        ),
         ("optimizer.lr", config.optimizer.lr, config.optimizer.lr > 0, "> 0"),
     ]
     for key in ("checkpoint_every", "validate_every", "sample_every", "log_every", "val_samples"):
@@ -98,7 +117,9 @@ def _check_values(config: Config) -> None:
         if not fine:
             raise InputError(f"config: {key} is {value}, it must be {allowed}")
     if config.data.cfg_dropout > 0 and config.data.cfg_condition is None:
-        raise InputError("config: data.cfg_dropout is set but there is no condition to drop: set data.cfg_condition=prefix")
+        raise InputError(
+            "config: data.cfg_dropout is set but there is no condition to drop: set data.cfg_condition=prefix"
+        )
 
 
 def _open(key: str, folder: str, verify: str) -> ShardSet:
@@ -145,13 +166,25 @@ def _check_same_run(config: Config, trainer: dict[str, Any], train_set: ShardSet
 
 def _check_init(config: Config, checkpoint: Path) -> None:
     if not (checkpoint / "trainer.json").is_file():
-        raise InputError(f"train.init_from: {checkpoint} is no checkpoint (expected a folder like RUN/checkpoints/step-00000100)")
+        raise InputError(
+            f"train.init_from: {checkpoint} is no checkpoint (expected a folder like RUN/checkpoints/step-00000100)"
+        )
     then = read_trainer(checkpoint)["config"]["model"]
     now = to_dict(config)["model"]
-    sizes = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "ffn_hidden_size", "vocab_size", "tie_embeddings")
+    sizes = (
+        "num_layers",
+        "hidden_size",
+        "num_heads",
+        "num_kv_heads",
+        "ffn_hidden_size",
+        "vocab_size",
+        "tie_embeddings",
+    )
     for key in sizes:
         if then[key] != now[key]:
-            raise InputError(f"train.init_from: {checkpoint} has model.{key} {then[key]}, this config {now[key]}: make them equal")
+            raise InputError(
+                f"train.init_from: {checkpoint} has model.{key} {then[key]}, this config {now[key]}: make them equal"
+            )
 
 
 def _check_writable(folder: Path) -> None:
@@ -159,7 +192,9 @@ def _check_writable(folder: Path) -> None:
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(f"run.dir/run.name: {folder} cannot be written ({existing} is not a writable folder): choose another run.dir")
+        raise InputError(
+            f"run.dir/run.name: {folder} cannot be written ({existing} is not a writable folder): choose another run.dir"
+        )
 
 
 def fingerprint(shards: ShardSet) -> str:

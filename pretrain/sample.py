@@ -1,4 +1,5 @@
 """`sample`: text from a checkpoint, the unmasking shown live."""
+
 from __future__ import annotations
 
 import sys
@@ -53,7 +54,9 @@ def sample(options: SampleOptions) -> list[str]:
         options.steps, options.block_length, options.remasking, options.temperature, options.cfg_scale, options.seed
     )
     if options.count < 1 or options.length < 0:
-        raise InputError(f"sample: count is {options.count} and length {options.length}: need count >= 1 and length >= 0")
+        raise InputError(
+            f"sample: count is {options.count} and length {options.length}: need count >= 1 and length >= 0"
+        )
     folder = find_checkpoint(options.run)
     model, config, trainer = load_model(folder)
     tokenizer = load_run_tokenizer(folder, trainer)
@@ -86,8 +89,14 @@ def sample(options: SampleOptions) -> list[str]:
             previous = shown
 
         filled = generate(
-            logits, ids, ids != mask_id, mask_id=mask_id, options=sampling, eos_id=tokenizer.special.eos,
-            forbidden_ids=range(tokenizer.vocab_size, config.model.vocab_size), on_step=show,
+            logits,
+            ids,
+            ids != mask_id,
+            mask_id=mask_id,
+            options=sampling,
+            eos_id=tokenizer.special.eos,
+            forbidden_ids=range(tokenizer.vocab_size, config.model.vocab_size),
+            on_step=show,
         )
         if live:  # the last frame is the result itself, printed below
             live.update(Text(""))

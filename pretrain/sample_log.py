@@ -1,4 +1,5 @@
 """Samples logged during training: the original text, what is masked of it, and what the model fills in."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -16,24 +17,40 @@ from pretrain.sampler import SamplingOptions, generate
 STEPS = 32
 
 
-def log_samples(engine: Engine, shards: ShardSet, tokenizer: TextTokenizer, sequence_length: int, step: int, folder: Path,
-                count: int = 2) -> str:
+def log_samples(
+    engine: Engine,
+    shards: ShardSet,
+    tokenizer: TextTokenizer,
+    sequence_length: int,
+    step: int,
+    folder: Path,
+    count: int = 2,
+) -> str:
     """Masks the first `count` blocks of `shards` at fixed noise levels, fills them in, and returns the text.
 
     Collective: every rank calls it alike, since a forward gathers parameters on all of them. Rank 0 writes
     FOLDER/step-NNNNNNNN.txt.
     """
+
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(ids.shape[1], dtype=torch.int32).expand(ids.shape)
+        return engine.forward({"noisy_ids": ids, "position_ids": positions}).float().cpu()
+
     blocks = SequentialBlocks(shards, sequence_length)
     mask_id = shards.special.mask
     sections = []
     for g in range(min(count, len(blocks))):
         tokens = blocks.block(g).astype(np.int64)
-        masked, _, p = draw_mask(g, 0, len(tokens), len(tokens), MaskingOptions(seed=0, global_batch=count, stream="samples"))
+        masked, _, p = draw_mask(
+            g, 0, len(tokens), len(tokens), MaskingOptions(seed=0, global_batch=count, stream="samples")
+        )
         noisy = torch.from_numpy(np.where(masked, mask_id, tokens))[None]
-        positions = torch.arange(len(tokens), dtype=torch.int32)[None]
         filled = generate(
-            lambda ids: engine.forward({"noisy_ids": ids, "position_ids": positions}).float().cpu(), noisy,
-            torch.from_numpy(~masked)[None], mask_id=mask_id, options=SamplingOptions(steps=STEPS),
+            logits,
+            noisy,
+            torch.from_numpy(~masked)[None],
+            mask_id=mask_id,
+            options=SamplingOptions(steps=STEPS),
         )[0].numpy()
         right = int((filled == tokens)[masked].sum())
         sections.append(

@@ -8,11 +8,13 @@ The reverse process of LLaDA (Nie et al., "Large Language Diffusion Models", arX
 Shapes: B rows, L positions, V vocabulary; n open positions of one row. Every draw is a pure function of
 (seed, purpose, row, step), so ranks agree without talking and a row does not depend on the batch that it is in.
 """
+
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Callable, Iterable, Iterator, Literal, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -172,7 +174,7 @@ def _clean_logits(
     """
     size = max(1, _CHUNK_VALUES // conditional.shape[2])
     for start in range(0, len(rows), size):
-        where = tuple(torch.from_numpy(i[start:start + size]).to(conditional.device) for i in (rows, positions))
+        where = tuple(torch.from_numpy(i[start : start + size]).to(conditional.device) for i in (rows, positions))
         logits = conditional[where].double()
         if unconditional is not None:
             u = unconditional[where].double()
@@ -199,11 +201,11 @@ def _choose_tokens(
         noisy = logits
         if options.temperature:
             words = np.empty(logits.shape, np.uint64)
-            here = np.unique(rows[start:start + len(logits)], return_index=True, return_counts=True)
+            here = np.unique(rows[start : start + len(logits)], return_index=True, return_counts=True)
             for row, first, count in zip(*here, strict=True):
                 if row not in sources:
                     sources[row] = randomness.generator(options.seed, "sample_token", int(row), epoch=step)
-                words[first:first + count] = sources[row].random_raw(count * logits.shape[1]).reshape(count, -1)
+                words[first : first + count] = sources[row].random_raw(count * logits.shape[1]).reshape(count, -1)
             uniform = ((words >> np.uint64(12)) + 0.5) * 2.0**-52  # strictly inside (0, 1): both logarithms are finite
             exponential = -torch.from_numpy(uniform).to(logits.device).log()
             noisy = logits - options.temperature * exponential.log()

@@ -1,4 +1,5 @@
 """`track sync`: ships what MLflow lacks of a run, from its metrics.jsonl."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -20,5 +21,7 @@ def sync(run: str) -> str:
     try:
         sent = ship(folder, uri, config.tracking.experiment, config.run.name, to_dict(config))
     except Exception as error:
-        raise InputError(f"track sync: {uri.split('@')[-1]} did not take the metrics ({type(error).__name__}); try again later") from None
+        raise InputError(
+            f"track sync: {uri.split('@')[-1]} did not take the metrics ({type(error).__name__}); try again later"
+        ) from None
     return f"{sent} points shipped to {uri.split('@')[-1]}"

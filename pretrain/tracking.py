@@ -3,6 +3,7 @@
 The loop never waits for MLflow. What has been shipped is kept in mlflow.json beside the spool, so a dead server, a kill or
 a resume loses nothing and ships nothing twice: `track sync` (or the next start) goes on where shipping stopped.
 """
+
 from __future__ import annotations
 
 import json
@@ -10,8 +11,9 @@ import math
 import os
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator, Optional
+from typing import Any, Optional
 
 from pretrain.config import Config
 
@@ -95,7 +97,9 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def ship(run_folder: Path, uri: str, experiment: str, run_name: str, config: dict[str, Any], run_id: Optional[str] = None) -> int:
+def ship(
+    run_folder: Path, uri: str, experiment: str, run_name: str, config: dict[str, Any], run_id: Optional[str] = None
+) -> int:
     """Ships every point that MLflow does not have yet; returns how many. Raises whatever MLflow raises.
 
     A line goes out once: shipped lines are remembered by the highest step of each kind of metric (train, val, perf).
@@ -157,7 +161,9 @@ def _create_run(client: Any, experiment: str, run_name: str, run_folder: Path, c
 class Shipper:
     """The background thread. Failures are counted and retried at the next round; they never reach the loop."""
 
-    def __init__(self, run_folder: Path, uri: str, experiment: str, run_name: str, config: dict[str, Any], run_id: Optional[str]):
+    def __init__(
+        self, run_folder: Path, uri: str, experiment: str, run_name: str, config: dict[str, Any], run_id: Optional[str]
+    ):
         self._arguments = (run_folder, uri, experiment, run_name, config, run_id)
         self._stop = threading.Event()
         self.last_error: Optional[str] = None

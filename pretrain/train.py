@@ -1,4 +1,5 @@
 """Training, from a config to a trained checkpoint. Read it top to bottom: it is the recipe."""
+
 from __future__ import annotations
 
 import os
@@ -65,11 +66,14 @@ def build_engine(config: Config, plan: Plan, mesh: Mesh) -> DeepSpeedEngine:
         model.compile_blocks()
     options = config.optimizer
     return DeepSpeedEngine(
-        model, plan.shape, mesh,
+        model,
+        plan.shape,
+        mesh,
         optimizer=AdamWOptions(options.impl, options.betas, options.eps, options.weight_decay),
         micro_batch_size=config.train.micro_batch_size,
         accumulation=config.train.global_batch_size // mesh.dp // config.train.micro_batch_size,
-        grad_clip=config.train.grad_clip, bf16=config.train.precision == "bf16",
+        grad_clip=config.train.grad_clip,
+        bf16=config.train.precision == "bf16",
     )
 
 
@@ -121,8 +125,14 @@ class _Run:
             if self._due(config.train.validate_every):
                 self._validate()
             if self._due(config.train.sample_every):
-                log_samples(engine, self.plan.val_set or self.plan.train_set, self.tokenizer,
-                            config.data.sequence_length, self.step, self.folder / "samples")
+                log_samples(
+                    engine,
+                    self.plan.val_set or self.plan.train_set,
+                    self.tokenizer,
+                    config.data.sequence_length,
+                    self.step,
+                    self.folder / "samples",
+                )
             if self._due(config.train.checkpoint_every):
                 self._save()
         if self.saved_at != self.step:
@@ -133,17 +143,26 @@ class _Run:
         config = self.config
         options = StageOptions(
             MaskingOptions(
-                seed=config.run.seed, global_batch=config.train.global_batch_size, eps=config.objective.eps,
-                t_sampling=config.objective.t_sampling, masking=config.objective.masking,
+                seed=config.run.seed,
+                global_batch=config.train.global_batch_size,
+                eps=config.objective.eps,
+                t_sampling=config.objective.t_sampling,
+                masking=config.objective.masking,
             ),
-            random_length_prob=config.data.random_length_prob, cfg_dropout=config.data.cfg_dropout,
+            random_length_prob=config.data.random_length_prob,
+            cfg_dropout=config.data.cfg_dropout,
             cfg_condition=config.data.cfg_condition,
         )
         part = Slice(config.train.global_batch_size, config.train.micro_batch_size, self.mesh.dp_rank, self.mesh.dp)
         stream = BlockStream(self.plan.train_set, config.data.sequence_length, config.run.seed)
         return training_batches(
-            stream, options, part, self.special.pad, consumed=self.step * config.train.global_batch_size,
-            workers=config.data.workers, steps=max(self.stop - self.step, 0),
+            stream,
+            options,
+            part,
+            self.special.pad,
+            consumed=self.step * config.train.global_batch_size,
+            workers=config.data.workers,
+            steps=max(self.stop - self.step, 0),
         )
 
     def _restore(self) -> tuple[int, int]:
@@ -167,7 +186,11 @@ class _Run:
         self.log = MetricLog(self.folder)
         if uri := tracking_uri(self.config):
             self.shipper = Shipper(
-                self.folder, uri, self.config.tracking.experiment, self.config.run.name, to_dict(self.config),
+                self.folder,
+                uri,
+                self.config.tracking.experiment,
+                self.config.run.name,
+                to_dict(self.config),
                 self.plan.trainer.get("mlflow_run_id"),
             )
 
@@ -191,8 +214,10 @@ class _Run:
         config = self.config
         tokens = config.train.global_batch_size * config.data.sequence_length
         metrics |= {
-            "train/applied_steps": self.applied, "train/tokens": self.step * tokens,
-            "perf/step_time": seconds, "perf/tokens_per_second": tokens / seconds,
+            "train/applied_steps": self.applied,
+            "train/tokens": self.step * tokens,
+            "perf/step_time": seconds,
+            "perf/tokens_per_second": tokens / seconds,
         }
         if self.peak:
             flops = tokens * flops_per_token(self.plan.shape, config.data.sequence_length, masked / max(eligible, 1))
@@ -205,8 +230,10 @@ class _Run:
         metrics = self.validation.run(self.engine) | {"val/unigram_entropy": self.unigram_entropy}
         if self.log:
             self.log.write(self.step, metrics)
-        self.display.say(f"step {self.step}: validation NELBO {metrics['val/nelbo']:.4f} +- {metrics['val/nelbo_se']:.4f} nats per "
-                         f"token (perplexity <= {metrics['val/ppl_bound']:.2f}; unigram entropy {self.unigram_entropy:.4f})")
+        self.display.say(
+            f"step {self.step}: validation NELBO {metrics['val/nelbo']:.4f} +- {metrics['val/nelbo_se']:.4f} nats per "
+            f"token (perplexity <= {metrics['val/ppl_bound']:.2f}; unigram entropy {self.unigram_entropy:.4f})"
+        )
 
     def _save(self) -> None:
         if self.log:
@@ -220,7 +247,9 @@ class _Run:
             "special": asdict(self.special),
             "mlflow_run_id": read_state(self.folder).get("run_id"),
         }
-        path = checkpoint.save(self.folder / "checkpoints", self.step, self.engine.state(), trainer, self.config.train.keep_checkpoints)
+        path = checkpoint.save(
+            self.folder / "checkpoints", self.step, self.engine.state(), trainer, self.config.train.keep_checkpoints
+        )
         self.saved_at = self.step
         self.display.say(f"step {self.step}: checkpoint {path}")
 
@@ -230,6 +259,6 @@ class _Run:
             self.log.close()
         if self.shipper and (error := self.shipper.close()):
             self.display.say(
-                f"MLflow did not take every point ({error}); nothing is lost: `python -m pretrain track {self.folder}` ships the rest"
+                f"MLflow did not take every point ({error}); nothing is lost: "
+                f"`python -m pretrain track sync --run {self.folder}` ships the rest"
             )
-

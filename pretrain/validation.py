@@ -1,8 +1,9 @@
 """Validation: an unbiased estimate of the negative ELBO on held-out blocks with fixed masks, and its standard error."""
+
 from __future__ import annotations
 
 import math
-from typing import Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -70,8 +71,16 @@ class Validation:
             ce = engine.forward(batch.tensors()).ce.double().cpu()
             loss = (batch.weight.double() * ce).sum(1)
             tokens = (batch.eligible & batch.masked.any(1, keepdim=True)).sum(1).double()
-            sums += torch.stack((loss.sum(), tokens.sum(), (loss**2).sum(), (loss * tokens).sum(), (tokens**2).sum(),
-                                 (tokens > 0).sum().double()))
+            sums += torch.stack(
+                (
+                    loss.sum(),
+                    tokens.sum(),
+                    (loss**2).sum(),
+                    (loss * tokens).sum(),
+                    (tokens**2).sum(),
+                    (tokens > 0).sum().double(),
+                )
+            )
         loss, tokens, loss2, cross, tokens2, blocks = sum_over_ranks(sums, engine.mesh).tolist()
         nelbo = loss / tokens
         residual = max(loss2 - 2 * nelbo * cross + nelbo**2 * tokens2, 0.0)

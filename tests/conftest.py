@@ -1,4 +1,5 @@
 """What several packages' tests share: a small real corpus, prepared once."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -13,5 +14,10 @@ def corpus(tmp_path_factory) -> Path:
     from data.prepare_options import PrepareOptions
 
     out = tmp_path_factory.mktemp("corpus") / "stdlib"
-    prepare(PrepareOptions(out=str(out), source="stdlib", vocab_size=512, limit_bytes=1 << 20, val_fraction=0.1, processes=1), progress=False)
+    prepare(
+        PrepareOptions(
+            out=str(out), source="stdlib", vocab_size=512, limit_bytes=1 << 20, val_fraction=0.1, processes=1
+        ),
+        progress=False,
+    )
     return out

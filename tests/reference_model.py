@@ -2,6 +2,7 @@
 
 Full weights by logical name; no tensor parallelism, no chunks, no fused loss, no padding of the vocabulary.
 """
+
 from __future__ import annotations
 
 import torch
@@ -9,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def logits(weights: dict[str, Tensor], shape, ids: Tensor, position_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
+def logits(
+    weights: dict[str, Tensor], shape, ids: Tensor, position_ids: Tensor, document_ids: Tensor | None = None
+) -> Tensor:
     """[B, L] -> [B, L, V], every token seeing every token of its document."""
     batch, length = ids.shape
     d = shape.hidden_size // shape.num_heads
@@ -21,14 +24,26 @@ def logits(weights: dict[str, Tensor], shape, ids: Tensor, position_ids: Tensor,
     angle = position_ids.double()[..., None] * frequency
 
     def rotate(x: Tensor) -> Tensor:  # [B, L, heads, d]: pairs (i, i + d/2) turn by the angle
-        a, b = x[..., : d // 2], x[..., d // 2:]
+        a, b = x[..., : d // 2], x[..., d // 2 :]
         c, s = angle.cos()[:, :, None], angle.sin()[:, :, None]
         return torch.cat((a * c - b * s, b * c + a * s), -1)
 
     x = weights["embedding.weight"][ids]
     for i in range(shape.num_layers):
-        w = {k: weights[f"blocks.{i}.{k}.weight"] for k in (
-            "attention_norm", "q_proj", "k_proj", "v_proj", "o_proj", "ffn_norm", "gate_proj", "up_proj", "down_proj")}
+        w = {
+            k: weights[f"blocks.{i}.{k}.weight"]
+            for k in (
+                "attention_norm",
+                "q_proj",
+                "k_proj",
+                "v_proj",
+                "o_proj",
+                "ffn_norm",
+                "gate_proj",
+                "up_proj",
+                "down_proj",
+            )
+        }
         y = norm(x, w["attention_norm"])
         q = rotate((y @ w["q_proj"].T).view(batch, length, shape.num_heads, d))
         k = rotate((y @ w["k_proj"].T).view(batch, length, shape.num_kv_heads, d))

@@ -1,4 +1,5 @@
 """The stream of training is the same for any split over ranks, microbatches, workers and resume points."""
+
 from __future__ import annotations
 
 from dataclasses import fields
@@ -24,7 +25,7 @@ class Store:
         self._ids = np.random.default_rng(0).integers(2, 60000, self.tokens).astype(np.uint16)
 
     def read_tokens(self, start: int, count: int) -> np.ndarray:
-        return self._ids[start:start + count]
+        return self._ids[start : start + count]
 
 
 def stream() -> BlockStream:
@@ -44,7 +45,11 @@ def rows(batches: list[CompactBatch]) -> dict[int, tuple]:
 def read(dp: int, micro: int, steps: int, consumed: int = 0, workers: int = 0) -> dict[int, tuple]:
     everything = []
     for rank in range(dp):
-        groups = list(training_batches(stream(), OPTIONS, Slice(GLOBAL, micro, rank, dp), PAD, consumed=consumed, workers=workers, steps=steps))
+        groups = list(
+            training_batches(
+                stream(), OPTIONS, Slice(GLOBAL, micro, rank, dp), PAD, consumed=consumed, workers=workers, steps=steps
+            )
+        )
         assert len(groups) == steps and all(len(g) == GLOBAL // dp // micro for g in groups)
         everything += [b for g in groups for b in g]
     return rows(everything)
@@ -86,7 +91,11 @@ def test_masks_differ_on_every_rank():
 def test_validation_delivers_every_block_exactly_once_at_any_layout(dp, micro):
     blocks = SequentialBlocks(Store(), 90)  # 34 blocks, the last of 30 tokens
     options = StageOptions(MaskingOptions(0, len(blocks), masking="fixed_count", stream="validation"))
-    read = lambda d, m: rows([b for r in range(d) for b in validation_batches(blocks, len(blocks), options, Slice(len(blocks), m, r, d), PAD)])  # noqa: E731
+
+    def read(ranks: int, size: int) -> dict[int, tuple]:
+        parts = [Slice(len(blocks), size, rank, ranks) for rank in range(ranks)]
+        return rows([b for part in parts for b in validation_batches(blocks, len(blocks), options, part, PAD)])
+
     found = read(dp, micro)
     assert sorted(found) == list(range(34))
     assert found == read(1, 34)
@@ -113,6 +122,7 @@ class Broken(Store):
 
 def test_the_stages_run_in_a_vanilla_webdataset_pipeline_without_the_trainer(corpus):
     """Chunks of the tars as samples, through `.compose`, with nothing but webdataset around them."""
+
     def blocks(samples):
         for number, sample in enumerate(samples):
             yield {"sample_id": number, "tokens": sample["tok.npy"][:LENGTH], "length": LENGTH, "condition_length": 0}
@@ -120,5 +130,7 @@ def test_the_stages_run_in_a_vanilla_webdataset_pipeline_without_the_trainer(cor
     dataset = wds.WebDataset([str(p) for p in sorted((corpus / "train").glob("*.tar"))], shardshuffle=False).decode()
     out = list(dataset.compose(blocks, lambda s: masking(s, MaskingOptions(0, 8))))
     assert out and all(s["mask"].shape == (LENGTH,) and 0 < s["p_mask"] <= 1 for s in out)
-    chained = dataset.compose(blocks, *stages(StageOptions(MaskingOptions(0, 8), cfg_dropout=0.5, cfg_condition="prefix")))
+    chained = dataset.compose(
+        blocks, *stages(StageOptions(MaskingOptions(0, 8), cfg_dropout=0.5, cfg_condition="prefix"))
+    )
     assert {"mask", "t", "p_mask", "dropped", "condition_length"} <= set(next(iter(chained)))

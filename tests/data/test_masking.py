@@ -1,4 +1,5 @@
 """Laws of noise levels, masks, random lengths and CFG dropout."""
+
 from __future__ import annotations
 
 import math
@@ -111,7 +112,7 @@ def test_a_sample_that_is_cut_is_padding_behind_its_length_for_itself_alone():
 
 def test_random_lengths_are_uniform_and_as_frequent_as_asked():
     cut = [s["length"] for s in random_length(samples(6000, 10), 0, 0.25)]
-    lengths = np.bincount([n for n in cut], minlength=11)
+    lengths = np.bincount(cut, minlength=11)
     # 1500 are cut; each of 1..10 gets a tenth of them (a cut to 10 cannot be told from none)
     assert abs(lengths[1:10].sum() - 1350) < 5 * math.sqrt(6000 * 0.225 * 0.775)
     assert ((lengths[1:10] - lengths[1:10].mean()) ** 2 / lengths[1:10].mean()).sum() < 32
@@ -146,7 +147,9 @@ def test_cfg_dropout_hides_the_condition_and_leaves_loss_positions_masks_and_wei
     hidden = condition & mixed.dropped[:, None]
     assert (mixed.noisy_ids[hidden] == MASK).all()  # token for token the sampler's unconditional input
     assert mixed.noisy_ids[~hidden].equal(kept.noisy_ids[~hidden])
-    assert mixed.noisy_ids[condition & ~mixed.dropped[:, None]].equal(kept.target_ids[condition & ~mixed.dropped[:, None]])
+    assert mixed.noisy_ids[condition & ~mixed.dropped[:, None]].equal(
+        kept.target_ids[condition & ~mixed.dropped[:, None]]
+    )
     assert not mixed.masked[condition].any()
 
 
@@ -160,5 +163,7 @@ def test_the_drop_rate_is_within_a_binomial_bound_and_nothing_is_dropped_without
 def test_a_weight_below_the_floor_cannot_occur():
     b = batch([lambda s: masking(s, MaskingOptions(0, 64)), no_dropout])
     assert float(b.weight.max()) <= 1 / 1e-3
-    unweighted = expand(next(collate(no_dropout(masking(samples(8), MaskingOptions(0, 8))), 8, PAD)), MASK, weighting=False)
+    unweighted = expand(
+        next(collate(no_dropout(masking(samples(8), MaskingOptions(0, 8))), 8, PAD)), MASK, weighting=False
+    )
     assert set(unweighted.weight.unique().tolist()) == {0.0, 1.0}

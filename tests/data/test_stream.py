@@ -1,4 +1,5 @@
 """Laws of the global block stream and of everything drawn from counters."""
+
 from __future__ import annotations
 
 import pickle
@@ -54,7 +55,7 @@ def test_every_epoch_reads_every_token_exactly_once_and_nothing_is_dropped(token
         epochs = length
     blocks = tokens * epochs // length
     seen = Counter(np.concatenate([stream.block(g) for g in range(blocks)]).tolist())
-    assert seen == {i: epochs for i in range(tokens)}
+    assert seen == dict.fromkeys(range(tokens), epochs)
 
 
 def test_two_epochs_come_in_different_orders_and_a_seed_repeats_them():

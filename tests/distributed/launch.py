@@ -1,4 +1,5 @@
 """Starts real ranks of a worker module over gloo on 127.0.0.1 and waits for them, never for ever."""
+
 from __future__ import annotations
 
 import os
@@ -6,8 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,7 +21,11 @@ def free_port() -> int:
 
 def environment(**extra: str) -> dict[str, str]:
     """This process's environment without any launcher's variables, one thread a rank."""
-    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    inherited = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    }
     return {**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **extra}
 
 
@@ -29,9 +34,15 @@ def start(module: str, arguments: Sequence[str], world: int, cwd: Path = ROOT) -
     port = str(free_port())
     return [
         subprocess.Popen(
-            [sys.executable, "-m", module, *arguments], cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [sys.executable, "-m", module, *arguments],
+            cwd=cwd,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=environment(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
+            env=environment(
+                RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+            ),
         )
         for r in range(world)
     ]
@@ -48,7 +59,9 @@ def wait(ranks: list[subprocess.Popen], timeout: float) -> list[str]:
         p.kill()
     said = [p.communicate()[0] for p in ranks]
     codes = [p.returncode for p in ranks]
-    assert codes == [0] * len(ranks), f"exit codes {codes}\n" + "\n".join(f"--- rank {i}\n{s[-4000:]}" for i, s in enumerate(said))
+    assert codes == [0] * len(ranks), f"exit codes {codes}\n" + "\n".join(
+        f"--- rank {i}\n{s[-4000:]}" for i, s in enumerate(said)
+    )
     return said
 
 

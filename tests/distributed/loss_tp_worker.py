@@ -5,6 +5,7 @@
 Ranks meet through a file in FOLDER (no port to lose). RANK writes FOLDER/RANK.json: {law/tpN: "held" or the traceback}.
 The first broken law ends a rank, since its peers may wait in a collective that it never entered.
 """
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,5 @@
 """Laws of the tensor-parallel diffusion loss on real gloo ranks: one launch of four, groups of 2, 3 and 4."""
+
 from __future__ import annotations
 
 import json

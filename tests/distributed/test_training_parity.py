@@ -1,9 +1,9 @@
-"""Every layout trains like one process: loss, every gradient, gradient norm, weights and both Adam moments after 20 clipped steps."""
+"""Every layout trains like one process: losses, every gradient, norms, weights and Adam moments after 20 clipped steps."""
+
 from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -47,7 +47,9 @@ def reference() -> dict[bool, dict]:
             losses.append(value.item())
             norms.append(optimizer.step(grads, case.LR))
         state = {f"weight/{k}": w.detach() for k, w in weights.items()}
-        state |= {f"exp_avg/{k}": m for k, m in optimizer.m.items()} | {f"exp_avg_sq/{k}": v for k, v in optimizer.v.items()}
+        state |= {f"exp_avg/{k}": m for k, m in optimizer.m.items()} | {
+            f"exp_avg_sq/{k}": v for k, v in optimizer.v.items()
+        }
         results[tied] = {"losses": losses, "norms": norms, "first": first, "state": state, "shape": shape}
     return results
 
@@ -58,7 +60,10 @@ def layout(request, tmp_path_factory, reference) -> dict:
     folder = tmp_path_factory.mktemp("parity")
     run("tests.distributed.training_worker", [str(tensor), str(folder), *flags], world)
     return {
-        "folder": folder, "tp": tensor, "dp": world // tensor, "truth": reference["tied" in flags],
+        "folder": folder,
+        "tp": tensor,
+        "dp": world // tensor,
+        "truth": reference["tied" in flags],
         **json.loads((folder / "steps.json").read_text()),
     }
 
@@ -83,7 +88,7 @@ def test_every_gradient_equals_the_dense_one(layout):
             assert all(relative(share, layout["truth"]["first"][name]) < 1e-5 for share in shares), name
             continue
         whole = torch.cat(shares, spec.tp_dim)
-        assert not whole[spec.shape[0]:].any(), f"{name}: rows of the vocabulary's padding got a gradient"
+        assert not whole[spec.shape[0] :].any(), f"{name}: rows of the vocabulary's padding got a gradient"
         assert relative(whole[: spec.shape[0]], layout["truth"]["first"][name]) < 1e-5, name
 
 

@@ -1,4 +1,5 @@
 """One small training problem that every layout and the float64 reference solve: model, data, optimizer."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -28,7 +29,7 @@ class Store:
         self._ids = np.random.default_rng(0).integers(2, MODEL.vocab_size, self.tokens).astype(np.uint16)
 
     def read_tokens(self, start: int, count: int) -> np.ndarray:
-        return self._ids[start:start + count]
+        return self._ids[start : start + count]
 
 
 def batches(dp_rank: int = 0, dp_size: int = 1, steps: int = STEPS) -> list[list[DiffusionBatch]]:
@@ -36,9 +37,7 @@ def batches(dp_rank: int = 0, dp_size: int = 1, steps: int = STEPS) -> list[list
     options = StageOptions(MaskingOptions(SEED, GLOBAL_BATCH), random_length_prob=0.3)
     part = Slice(GLOBAL_BATCH, MICRO_BATCH, dp_rank, dp_size)
     stream = BlockStream(Store(), LENGTH, SEED, segment_tokens=64)
-    groups = [
-        [expand(c, MASK) for c in group] for group in training_batches(stream, options, part, PAD, steps=steps)
-    ]
+    groups = [[expand(c, MASK) for c in group] for group in training_batches(stream, options, part, PAD, steps=steps)]
     for batch in groups[EMPTY_STEP_OF_RANK_0]:
         first_half = batch.sample_ids % GLOBAL_BATCH < GLOBAL_BATCH // 2
         batch.masked[first_half] = False

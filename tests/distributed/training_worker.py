@@ -3,6 +3,7 @@
 Rank 0 writes FOLDER/steps.json: the loss and gradient norm of every step; all ranks save a checkpoint of the end state.
 Before that, on a model without any engine: every gradient of the first step, this rank's shares, as FOLDER/grads-R.pt.
 """
+
 from __future__ import annotations
 
 import json
@@ -42,9 +43,14 @@ def main() -> None:
     if "compile" in flags:
         model.compile_blocks()
     engine = DeepSpeedEngine(
-        model, model_shape(config), mesh, optimizer=AdamWOptions("torch", case.BETAS, case.EPS, case.DECAY),
-        micro_batch_size=case.MICRO_BATCH, accumulation=case.GLOBAL_BATCH // mesh.dp // case.MICRO_BATCH,
-        grad_clip=case.CLIP, bf16="bf16" in flags,
+        model,
+        model_shape(config),
+        mesh,
+        optimizer=AdamWOptions("torch", case.BETAS, case.EPS, case.DECAY),
+        micro_batch_size=case.MICRO_BATCH,
+        accumulation=case.GLOBAL_BATCH // mesh.dp // case.MICRO_BATCH,
+        grad_clip=case.CLIP,
+        bf16="bf16" in flags,
     )
     steps = []
     for group, count in zip(groups, normalizers):
@@ -61,16 +67,20 @@ def main() -> None:
         poisoned[0]["weight"][poisoned[0]["masked"]] = float("nan")
     result = engine.train_step(poisoned, normalizers[0], case.LR)
     after = engine.state()
-    unchanged = all(
-        torch.equal(old, new) for name in before for old, (_, new) in zip(before[name], after[name].parts)
-    )
+    unchanged = all(torch.equal(old, new) for name in before for old, (_, new) in zip(before[name], after[name].parts))
     agree = torch.tensor([float(unchanged and not result.applied)])
     dist.all_reduce(agree, op=dist.ReduceOp.MIN)
     recovered = engine.train_step([b.tensors() for b in groups[0]], normalizers[0], case.LR)
     if mesh.rank == 0:
-        (folder / "steps.json").write_text(json.dumps({
-            "steps": steps, "poison_skipped": bool(agree.item()), "recovered": recovered.applied,
-        }))
+        (folder / "steps.json").write_text(
+            json.dumps(
+                {
+                    "steps": steps,
+                    "poison_skipped": bool(agree.item()),
+                    "recovered": recovered.applied,
+                }
+            )
+        )
     leave(0)
 
 

@@ -1,4 +1,5 @@
 """Apex is recognised by its files: absent, foreign, without extensions, complete, and built for another torch."""
+
 from __future__ import annotations
 
 import importlib
@@ -16,6 +17,7 @@ NAMES = ("apex", "fused_layer_norm_cuda", "amp_C")
 @pytest.fixture
 def site(tmp_path, monkeypatch):
     """An importable folder; names of apex that a test imported, or that this machine has, do not leak in or out."""
+
     def forget():
         for name in [n for n in sys.modules if n.split(".")[0] in NAMES]:
             monkeypatch.delitem(sys.modules, name)
@@ -65,15 +67,27 @@ def test_absent(site):
     one_line(error, "optimizer.impl=apex", "apex.optimizers.FusedAdam")
 
 
-@pytest.mark.parametrize("extra", [
-    (), ("apex/normalization/__init__.py",), ("apex/normalization/fused_layer_norm.py", "fused_layer_norm_cuda.py"),
-    ("apex/multi_tensor_apply/__init__.py", "amp_C.py"),
-])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        (),
+        ("apex/normalization/__init__.py",),
+        ("apex/normalization/fused_layer_norm.py", "fused_layer_norm_cuda.py"),
+        ("apex/multi_tensor_apply/__init__.py", "amp_C.py"),
+    ],
+)
 def test_a_foreign_package_of_the_same_name_is_recognised_and_never_run(site, extra):
     trap = booby_trap(site)
     metadata = "Metadata-Version: 2.1\nName: apex\nVersion: 0.9.10.dev0\n"
-    write(site, {"apex/__init__.py": trap, "apex/models.py": trap, "apex-0.9.10.dev0.dist-info/METADATA": metadata,
-                 **{name: trap for name in extra}})
+    write(
+        site,
+        {
+            "apex/__init__.py": trap,
+            "apex/models.py": trap,
+            "apex-0.9.10.dev0.dist-info/METADATA": metadata,
+            **dict.fromkeys(extra, trap),
+        },
+    )
     status = detect_apex()
     assert status.found and not status.is_nvidia and not status.fused_rms_norm and not status.fused_adam
     assert status.version == "0.9.10.dev0" and "not NVIDIA's" in status.reason

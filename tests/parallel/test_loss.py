@@ -1,4 +1,5 @@
 """Laws of the diffusion loss in one process, against dense float64 references."""
+
 from __future__ import annotations
 
 from typing import NamedTuple

@@ -1,4 +1,5 @@
 """A user's mistake ends in one line that names it, exit code 2, no process group, nothing written."""
+
 from __future__ import annotations
 
 import json
@@ -43,18 +44,29 @@ def edit_manifest(folder: Path, **changes) -> None:
 CONFIG_MISTAKES = {
     "unknown key": (["--train.stepz", "5"], ["train.stepz", "did you mean", "train.steps"]),
     "ill-typed value": (["--train.steps", "many"], ["train.steps", "int", "many"]),
-    "value that is not allowed": (["--objective.masking", "sometimes"], ["objective.masking", "bernoulli | fixed_count"]),
+    "value that is not allowed": (
+        ["--objective.masking", "sometimes"],
+        ["objective.masking", "bernoulli | fixed_count"],
+    ),
     "eps of 0": (["--objective.eps", "0"], ["objective.eps", "variance"]),
     "batch that does not divide": (["--train.micro_batch_size", "3"], ["train.global_batch_size", "nearest"]),
     "heads that do not divide": (["--model.num_heads", "5"], ["model.hidden_size", "model.num_heads", "nearest"]),
     "kv heads that do not divide": (["--model.num_kv_heads", "3"], ["model.num_kv_heads", "nearest"]),
-    "tensor parallel ranks without a world": (["--parallel.tensor", "2"], ["1 ranks", "parallel.tensor 2", "nearest", "parallel.tensor 1"]),
-    "heads that tensor parallelism cannot split": (["--parallel.tensor", "4"], ["model.num_kv_heads 2", "parallel.tensor 4"]),
+    "tensor parallel ranks without a world": (
+        ["--parallel.tensor", "2"],
+        ["1 ranks", "parallel.tensor 2", "nearest", "parallel.tensor 1"],
+    ),
+    "heads that tensor parallelism cannot split": (
+        ["--parallel.tensor", "4"],
+        ["model.num_kv_heads 2", "parallel.tensor 4"],
+    ),
     "vocabulary smaller than the data's": (["--model.vocab_size", "100"], ["model.vocab_size", "512"]),
     "warm-up longer than the run": (["--optimizer.warmup_steps", "900"], ["optimizer.warmup_steps", "train.steps"]),
     "CFG dropout without a condition": (["--data.cfg_dropout", "0.1"], ["data.cfg_dropout", "data.cfg_condition"]),
     "stages out of order": (
-        ["--optimizer.schedule", "stages", "--optimizer.stages", "[[5,0.1,constant],[3,0.1,linear]]"], ["optimizer.stages", "rising"]),
+        ["--optimizer.schedule", "stages", "--optimizer.stages", "[[5,0.1,constant],[3,0.1,linear]]"],
+        ["optimizer.stages", "rising"],
+    ),
     "no such data": (["--data.shards", "/nowhere/train"], ["data.shards", "/nowhere/train", "prepare"]),
     "no such checkpoint": (["--train.init_from", "/nowhere/step-1"], ["train.init_from", "/nowhere/step-1"]),
     "apex that is not there": (["--model.norm_impl", "apex"], ["model.norm_impl", "requirements-cluster.txt"]),
@@ -112,16 +124,30 @@ def test_validation_data_of_another_tokenizer(monkeypatch, capsys, corpus, broke
     from data.prepare_options import PrepareOptions
 
     other = tmp_path / "other"
-    prepare(PrepareOptions(out=str(other), source="stdlib", vocab_size=300, limit_bytes=1 << 17, val_fraction=0.3, processes=1), progress=False)
+    prepare(
+        PrepareOptions(
+            out=str(other), source="stdlib", vocab_size=300, limit_bytes=1 << 17, val_fraction=0.3, processes=1
+        ),
+        progress=False,
+    )
     command = arguments(corpus, tmp_path / "runs", "r", **{"data.val_shards": other / "val"})
     fails(monkeypatch, capsys, command, "data.val_shards", "tokenizer")
 
 
 def test_the_exit_code_of_the_real_process_is_2_and_it_says_one_line(corpus, tmp_path):
-    command = [sys.executable, "-m", "pretrain", *arguments(corpus, tmp_path / "runs", "r"), "--data.shards", "/nowhere"]
+    command = [
+        sys.executable,
+        "-m",
+        "pretrain",
+        *arguments(corpus, tmp_path / "runs", "r"),
+        "--data.shards",
+        "/nowhere",
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert [line for line in done.stderr.splitlines() if "Warning" not in line and not line.startswith("  ")][-1].startswith("error: data.shards")
+    assert [line for line in done.stderr.splitlines() if "Warning" not in line and not line.startswith("  ")][
+        -1
+    ].startswith("error: data.shards")
     assert "Traceback" not in done.stderr
 
 
@@ -141,10 +167,17 @@ def test_an_existing_run_is_not_continued_with_another_model_seed_or_data(monkey
     assert sorted(p.name for p in (tmp_path / "r").rglob("*")) == ["checkpoints", "step-00000004", "trainer.json"]
 
 
-@pytest.mark.parametrize("command, said", [
-    (["trian"], "unknown command"), (["sample", "--run", "/nowhere"], "/nowhere"), (["sample"], "run"), (["plot", "--run", "/nowhere"], "metrics"),
-    (["track", "sync", "--run", "/nowhere"], "/nowhere"), (["prepare", "--out", "/tmp/x", "--vocab-size", "many"], "vocab_size"),
-])
+@pytest.mark.parametrize(
+    "command, said",
+    [
+        (["trian"], "unknown command"),
+        (["sample", "--run", "/nowhere"], "/nowhere"),
+        (["sample"], "run"),
+        (["plot", "--run", "/nowhere"], "metrics"),
+        (["track", "sync", "--run", "/nowhere"], "/nowhere"),
+        (["prepare", "--out", "/tmp/x", "--vocab-size", "many"], "vocab_size"),
+    ],
+)
 def test_a_mistake_in_another_command(monkeypatch, capsys, command, said):
     fails(monkeypatch, capsys, command, said)
 

@@ -1,4 +1,5 @@
 """Laws of the sampler: schedule, order, guidance, exact distributions, independence of the batch."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -46,8 +47,17 @@ def masked_rows(batch: int, length: int, prompt: int) -> tuple[torch.Tensor, tor
 
 
 def run(model, ids, given, on_step=None, first_row=0, forbidden_ids=(), eos_id=None, **options):
-    return generate(model, ids, given, mask_id=MASK, options=SamplingOptions(**options), on_step=on_step,
-                    first_row=first_row, forbidden_ids=forbidden_ids, eos_id=eos_id)
+    return generate(
+        model,
+        ids,
+        given,
+        mask_id=MASK,
+        options=SamplingOptions(**options),
+        on_step=on_step,
+        first_row=first_row,
+        forbidden_ids=forbidden_ids,
+        eos_id=eos_id,
+    )
 
 
 @pytest.mark.parametrize("block", [0, 1, 4, 5, 99])
@@ -79,8 +89,17 @@ def test_each_step_reveals_the_scheduled_count_and_touches_nothing_else(remaskin
     ids[2, 5:9] = 3
     given[0, 10] = True  # a literal mask token inside the prompt stays
     before, seen = ids.clone(), {}
-    done = run(TableModel(), ids, given, on_step=lambda step, now: seen.__setitem__(step, now),
-               steps=steps, block_length=block, remasking=remasking, temperature=0.8, cfg_scale=cfg)
+    done = run(
+        TableModel(),
+        ids,
+        given,
+        on_step=lambda step, now: seen.__setitem__(step, now),
+        steps=steps,
+        block_length=block,
+        remasking=remasking,
+        temperature=0.8,
+        cfg_scale=cfg,
+    )
     assert torch.equal(ids, before), "the input is left alone"
     fill = (before == MASK) & ~given
     last = before
@@ -104,8 +123,8 @@ def test_no_position_of_a_block_is_revealed_before_the_block_before_it_is_full()
     assert len(frames) == 10
     for now in frames:
         for row, positions in enumerate(fill):
-            open_blocks = [bool((now[row, positions[s:s + 4]] == MASK).any()) for s in range(0, len(positions), 4)]
-            begun = [bool((now[row, positions[s:s + 4]] != MASK).any()) for s in range(0, len(positions), 4)]
+            open_blocks = [bool((now[row, positions[s : s + 4]] == MASK).any()) for s in range(0, len(positions), 4)]
+            begun = [bool((now[row, positions[s : s + 4]] != MASK).any()) for s in range(0, len(positions), 4)]
             for k in range(1, len(begun)):
                 assert not (begun[k] and open_blocks[k - 1])
 
@@ -160,6 +179,7 @@ def test_mask_and_forbidden_tokens_are_never_produced_even_if_the_model_wants_th
 def test_confidence_is_the_clean_probability_of_the_chosen_token_not_the_noisy_one():
     """Position 0: one token at 0.6, eight at 0.05; position 1: nine at 1/9. Whatever the noise, position 0 comes first
     exactly when it drew its likely token, which is in 0.6 of the rows."""
+
     def logits_fn(ids):
         logits = torch.zeros(*ids.shape, 10)
         logits[:, 0, 5] = float(np.log(12.0))
@@ -177,6 +197,7 @@ def test_confidence_is_the_clean_probability_of_the_chosen_token_not_the_noisy_o
 
 def test_a_forbidden_token_lends_no_confidence():
     """Position 0 is the surer one once the forbidden token, which held most of its probability, is out."""
+
     def logits_fn(ids):
         logits = torch.full((*ids.shape, 10), -20.0)
         logits[:, 0, 4], logits[:, 0, 1], logits[:, 0, 2] = 9.0, 2.0, -1.0
@@ -280,6 +301,7 @@ def test_random_remasking_reveals_every_position_equally_often():
 
 def test_guidance_hides_exactly_the_prompt_and_combines_the_two_logits():
     """An oracle whose logits differ with and without the prompt; the guided argmax is neither of the two."""
+
     def logits_fn(ids):
         logits = torch.full((*ids.shape, 10), -9.0)
         shown = ids[:, 0] != MASK
@@ -301,8 +323,16 @@ def test_the_unconditional_input_is_the_dropped_training_sample_token_for_token(
     for conditional, unconditional in zip(model.inputs[::2], model.inputs[1::2], strict=True):
         assert torch.equal(conditional[:, :4], ids[:, :4])
         trained = [
-            {"tokens": row.numpy().astype(np.uint16), "mask": (row == MASK).numpy(), "length": 9, "condition_length": 4,
-             "t": 0.5, "p_mask": 0.5, "dropped": True, "sample_id": 0}
+            {
+                "tokens": row.numpy().astype(np.uint16),
+                "mask": (row == MASK).numpy(),
+                "length": 9,
+                "condition_length": 4,
+                "t": 0.5,
+                "p_mask": 0.5,
+                "dropped": True,
+                "sample_id": 0,
+            }
             for row in conditional
         ]
         assert torch.equal(unconditional, expand(next(collate(trained, 2, 0)), MASK).noisy_ids)
@@ -338,7 +368,7 @@ def test_a_row_is_the_same_alone_in_any_batch_and_whatever_the_global_generators
     np.random.seed(7)
     state = torch.get_rng_state()
     for row in range(5):
-        alone = run(TableModel(), ids[row:row + 1], given[row:row + 1], first_row=row, **settings)
+        alone = run(TableModel(), ids[row : row + 1], given[row : row + 1], first_row=row, **settings)
         assert torch.equal(alone[0], together[row])
     assert torch.equal(state, torch.get_rng_state()), "no global generator is read"
     same_prompt = ids[:1].expand(5, -1).contiguous(), given[:1].expand(5, -1)
@@ -355,8 +385,17 @@ def test_working_in_chunks_changes_nothing(monkeypatch):
     assert torch.equal(run(TableModel(), ids, given, **settings), whole)
 
 
-@pytest.mark.parametrize("wrong", [dict(steps=0), dict(block_length=-1), dict(temperature=-0.1), dict(cfg_scale=-1.0),
-                                   dict(temperature=float("nan")), dict(remasking="greedy")])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(steps=0),
+        dict(block_length=-1),
+        dict(temperature=-0.1),
+        dict(cfg_scale=-1.0),
+        dict(temperature=float("nan")),
+        dict(remasking="greedy"),
+    ],
+)
 def test_a_wrong_option_is_named(wrong):
     with pytest.raises(InputError, match=f"`{next(iter(wrong))}`"):
         SamplingOptions(**wrong)
@@ -383,7 +422,7 @@ def test_display_shows_masks_as_dim_blocks_new_tokens_highlighted_and_no_termina
 
     text = render_unmasking([0, 1, MASK, MASK, 3, 2, 4, 5], [0, MASK, MASK, MASK, 3, 2, 4, MASK], MASK, decode)
     assert text.plain == "ab░░d\ufffd\ufffd\n"
-    styles = [(text.plain[s.start:s.end], str(s.style)) for s in text.spans if str(s.style)]
+    styles = [(text.plain[s.start : s.end], str(s.style)) for s in text.spans if str(s.style)]
     assert styles == [("b", "bold green"), ("░░", "dim"), ("\n", "bold green")]
     assert render_unmasking([0, 1], None, MASK, decode).plain == "ab"
 

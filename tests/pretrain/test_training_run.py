@@ -1,4 +1,5 @@
 """Whole runs through the command line, on real ranks: resume after a kill, metrics, tracking, samples."""
+
 from __future__ import annotations
 
 import json
@@ -25,11 +26,28 @@ STEPS, KILLED_BEHIND, EVERY = 40, 14, 10
 
 def arguments(corpus: Path, runs: Path, name: str, **overrides) -> list[str]:
     values = {
-        "run.dir": runs, "run.name": name, "data.shards": corpus / "train", "data.val_shards": corpus / "val",
-        "data.sequence_length": 32, "model.num_layers": 2, "model.hidden_size": 32, "model.num_heads": 4, "model.num_kv_heads": 2,
-        "model.ffn_hidden_size": 64, "model.vocab_size": 512, "train.steps": STEPS, "train.global_batch_size": 8,
-        "train.micro_batch_size": 2, "train.checkpoint_every": EVERY, "train.keep_checkpoints": 9, "train.validate_every": 20,
-        "train.val_samples": 11, "optimizer.warmup_steps": 5, "optimizer.decay_steps": 10, "optimizer.lr": 3e-3, "tracking.uri": "none",
+        "run.dir": runs,
+        "run.name": name,
+        "data.shards": corpus / "train",
+        "data.val_shards": corpus / "val",
+        "data.sequence_length": 32,
+        "model.num_layers": 2,
+        "model.hidden_size": 32,
+        "model.num_heads": 4,
+        "model.num_kv_heads": 2,
+        "model.ffn_hidden_size": 64,
+        "model.vocab_size": 512,
+        "train.steps": STEPS,
+        "train.global_batch_size": 8,
+        "train.micro_batch_size": 2,
+        "train.checkpoint_every": EVERY,
+        "train.keep_checkpoints": 9,
+        "train.validate_every": 20,
+        "train.val_samples": 11,
+        "optimizer.warmup_steps": 5,
+        "optimizer.decay_steps": 10,
+        "optimizer.lr": 3e-3,
+        "tracking.uri": "none",
         **overrides,
     }
     return ["train", *(part for key, value in values.items() for part in (f"--{key}", str(value)))]
@@ -37,14 +55,22 @@ def arguments(corpus: Path, runs: Path, name: str, **overrides) -> list[str]:
 
 def metrics(folder: Path, prefix: str = "train/") -> list[dict]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k == "step" or k.startswith(prefix)} for line in lines if any(k.startswith(prefix) for k in line)]
+    return [
+        {k: v for k, v in line.items() if k == "step" or k.startswith(prefix)}
+        for line in lines
+        if any(k.startswith(prefix) for k in line)
+    ]
 
 
 def stored_state(folder: Path) -> dict[str, torch.Tensor]:
     """Weights and both moments of the newest checkpoint, whole."""
     newest = checkpoint.latest(folder / "checkpoints")
     table = parameter_table(model_shape(config_from_dict(checkpoint.read_trainer(newest)["config"]).model))
-    state = {f"{kind}/{name}": torch.full(spec.shape, float("nan")) for name, spec in table.items() for kind in ("weight", "exp_avg", "exp_avg_sq")}
+    state = {
+        f"{kind}/{name}": torch.full(spec.shape, float("nan"))
+        for name, spec in table.items()
+        for kind in ("weight", "exp_avg", "exp_avg_sq")
+    }
     checkpoint.load(newest, {name: Boxes(t.shape, [((0,) * t.dim(), t)]) for name, t in state.items()})
     return state
 
@@ -71,7 +97,9 @@ def runs(corpus, tmp_path_factory) -> Path:
 
 
 def test_killed_with_9_and_started_again_ends_in_the_same_bits_as_an_uninterrupted_run(runs):
-    assert KILLED_BEHIND <= int((runs / "steps_at_kill").read_text()) < STEPS, "the kill came too late to prove anything"
+    assert KILLED_BEHIND <= int((runs / "steps_at_kill").read_text()) < STEPS, (
+        "the kill came too late to prove anything"
+    )
     assert "resumed" in (runs / "resumed.log").read_text()
     straight, killed = stored_state(runs / "straight"), stored_state(runs / "killed")
     assert all(torch.isfinite(t).all() for t in straight.values())
@@ -89,9 +117,22 @@ def test_every_step_is_recorded_once_with_the_same_values_whether_killed_or_not(
 
 def test_all_promised_metrics_are_there(runs):
     names = set().union(*(json.loads(line) for line in (runs / "straight" / "metrics.jsonl").read_text().splitlines()))
-    promised = {f"train/{n}" for n in (
-        "loss", "ce_loss", "accuracy", "mask_ratio", "num_masked_tokens", "avg_p_mask", "importance_weight_avg", "grad_norm", "lr",
-        "applied_steps", "tokens")} | {f"train/loss_t_bin_{k}" for k in range(10)}
+    promised = {
+        f"train/{n}"
+        for n in (
+            "loss",
+            "ce_loss",
+            "accuracy",
+            "mask_ratio",
+            "num_masked_tokens",
+            "avg_p_mask",
+            "importance_weight_avg",
+            "grad_norm",
+            "lr",
+            "applied_steps",
+            "tokens",
+        )
+    } | {f"train/loss_t_bin_{k}" for k in range(10)}
     promised |= {"perf/tokens_per_second", "perf/step_time", "val/nelbo", "val/nelbo_se", "val/ppl_bound"}
     assert promised <= names
 
@@ -135,10 +176,20 @@ def test_samples_show_the_original_the_masked_text_with_its_count_and_what_was_g
 
 
 def test_retention_keeps_the_newest_and_a_leftover_of_a_dead_save_is_ignored_and_cleared(corpus, runs, tmp_path):
-    command = arguments(corpus, tmp_path, "short", **{
-        "train.steps": 6, "train.checkpoint_every": 2, "train.keep_checkpoints": 2, "optimizer.warmup_steps": 1,
-        "optimizer.decay_steps": 1, "train.stop_at": 4, "train.validate_every": 0,
-    })
+    command = arguments(
+        corpus,
+        tmp_path,
+        "short",
+        **{
+            "train.steps": 6,
+            "train.checkpoint_every": 2,
+            "train.keep_checkpoints": 2,
+            "optimizer.warmup_steps": 1,
+            "optimizer.decay_steps": 1,
+            "train.stop_at": 4,
+            "train.validate_every": 0,
+        },
+    )
     run("pretrain", command, 1)
     folder = tmp_path / "short" / "checkpoints"
     dead = folder / ".writing-step-00000005"
@@ -154,10 +205,24 @@ def test_retention_keeps_the_newest_and_a_leftover_of_a_dead_save_is_ignored_and
 
 def test_init_from_takes_the_weights_and_nothing_else(corpus, runs, tmp_path):
     source = checkpoint.latest(runs / "straight" / "checkpoints")
-    run("pretrain", arguments(corpus, tmp_path, "tuned", **{
-        "train.init_from": source, "train.steps": 1, "optimizer.lr": 1e-12, "optimizer.warmup_steps": 0, "optimizer.decay_steps": 0,
-        "optimizer.weight_decay": 0, "train.validate_every": 0,
-    }), 1)
+    run(
+        "pretrain",
+        arguments(
+            corpus,
+            tmp_path,
+            "tuned",
+            **{
+                "train.init_from": source,
+                "train.steps": 1,
+                "optimizer.lr": 1e-12,
+                "optimizer.warmup_steps": 0,
+                "optimizer.decay_steps": 0,
+                "optimizer.weight_decay": 0,
+                "train.validate_every": 0,
+            },
+        ),
+        1,
+    )
     tuned, trained = stored_state(tmp_path / "tuned"), stored_state(runs / "straight")
     for name, values in trained.items():
         if name.startswith("weight/"):

@@ -1,0 +1,204 @@
+"""Laws of the assembled model: published sizes, non-causality, isolation, layout-free initial weights."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from parallel.attention import attention
+from parallel.initialise import local_share, rows
+from parallel.legality import check_layout
+from parallel.mesh import build_mesh, single_process_mesh
+from parallel.shape import ModelShape, parameter_counts, parameter_table
+from pretrain.config import ModelConfig
+from pretrain.flops import flops_per_token
+from pretrain.load_config import load_config
+from pretrain.model import DiffusionTransformer, model_shape
+from tests import reference_model
+from tests.distributed import training_case as case
+
+PUBLISHED = {  # LLaDA (arXiv 2502.09992, table of model sizes): total, non-embedding
+    "llada_1b": (1_487_243_264, 969_246_720),
+    "llada_8b": (8_015_581_184, 6_979_588_096),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_llada_configs_build_on_the_meta_device_with_exactly_the_published_parameter_counts(name):
+    shape = model_shape(load_config(["--config", f"configs/{name}.yaml"]).model)
+    with torch.device("meta"):
+        model = DiffusionTransformer(shape, single_process_mesh())
+    assert all(p.is_meta for p in model.parameters())
+    built = sum(p.numel() for p in model.parameters())
+    assert built == PUBLISHED[name][0]
+    assert parameter_counts(shape) == dict(zip(("total", "non_embedding"), PUBLISHED[name]))
+    table = parameter_table(shape)
+    assert {n: tuple(p.shape) for n, p in model.named_parameters()} == {
+        n: spec.local_shape(1, shape.padded_vocab(1)) for n, spec in table.items()
+    }
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, "quickstart"])
+def test_the_shipped_configs_are_legal_and_their_schedules_make_sense(name):
+    from pretrain.lr_schedule import check_schedule
+
+    config = load_config(["--config", f"configs/{name}.yaml"])
+    world = 1 if name == "quickstart" else 64
+    batch = config.train.global_batch_size
+    assert check_layout(model_shape(config.model), world, 1, batch, config.train.micro_batch_size) is None
+    check_schedule(config)
+
+
+@pytest.fixture(scope="module")
+def model() -> DiffusionTransformer:
+    """The small model of the parity case, run in this process's own group, with its initial weights."""
+    from parallel.initialise import initialise
+
+    mesh = build_mesh()
+    torch.manual_seed(0)  # must not matter
+    built = DiffusionTransformer(model_shape(case.MODEL), mesh)
+    initialise(built, built.shape, mesh, case.SEED)
+    with torch.no_grad():  # larger weights, so that attention is far from uniform
+        for parameter in built.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(6)
+    return built
+
+
+def run(model, ids, documents=None, positions=None) -> torch.Tensor:
+    positions = torch.arange(ids.shape[1]).expand(ids.shape) if positions is None else positions
+    with torch.no_grad():
+        return model(ids, positions, documents)
+
+
+def test_logits_equal_the_float64_reference_with_and_without_documents(model):
+    ids = torch.randint(0, 150, (3, 24), generator=torch.Generator().manual_seed(1))
+    documents = torch.tensor([[0] * 9 + [1] * 10 + [-1] * 5] * 3)
+    weights = {n: p.detach()[: parameter_table(model.shape)[n].shape[0]].double() for n, p in model.named_parameters()}
+    positions = torch.arange(24).expand(3, 24)
+    for documents_or_none in (None, documents):
+        truth = reference_model.logits(weights, model.shape, ids, positions, documents_or_none)
+        found = run(model, ids, documents_or_none)
+        assert (found - truth).norm() / truth.norm() < 1e-5
+
+
+def test_a_later_token_moves_every_earlier_position(model):
+    """Silently causal attention is a bug."""
+    ids = torch.randint(2, 150, (1, 16), generator=torch.Generator().manual_seed(2))
+    changed = ids.clone()
+    changed[0, -1] = (ids[0, -1] + 7) % 150
+    assert ((run(model, ids) - run(model, changed)).abs().amax(-1)[0] > 1e-6).all()
+
+
+def test_no_change_in_another_document_or_in_padding_moves_a_logit_by_a_single_bit(model):
+    ids = torch.randint(2, 150, (1, 16), generator=torch.Generator().manual_seed(3))
+    documents = torch.tensor([[0] * 6 + [1] * 6 + [-1] * 4])
+    before = run(model, ids, documents)
+    for start, stop in ((6, 12), (12, 16)):
+        changed = ids.clone()
+        changed[0, start:stop] = (ids[0, start:stop] + 11) % 150
+        assert torch.equal(run(model, changed, documents)[0, :6], before[0, :6])
+    changed = ids.clone()
+    changed[0, 5] = (ids[0, 5] + 11) % 150
+    assert not torch.equal(run(model, changed, documents)[0, 0], before[0, 0])
+
+
+def test_padding_behind_a_sample_leaves_it_as_if_it_were_alone(model):
+    ids = torch.randint(2, 150, (1, 16), generator=torch.Generator().manual_seed(4))
+    padded = run(model, ids, torch.tensor([[0] * 10 + [-1] * 6]))[:, :10]
+    alone = run(model, ids[:, :10])
+    assert (padded - alone).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_equals_softmax_written_out(kv_heads):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, 10, 8, generator=g, dtype=torch.float64) for n in (4, kv_heads, kv_heads))
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, -1, -1]] * 2)
+    for ids in (None, documents):
+        out = attention(q, k, v, ids)
+        for h in range(4):
+            scores = q[:, h] @ k[:, h * kv_heads // 4].mT / 8**0.5
+            if ids is not None:
+                scores = scores.masked_fill(ids[:, :, None] != ids[:, None, :], float("-inf"))
+            assert torch.allclose(out[:, h], scores.softmax(-1) @ v[:, h * kv_heads // 4], atol=1e-12)
+
+
+def test_initial_weights_are_the_same_at_every_layout_and_follow_the_stated_scale():
+    shape = ModelShape(4, 64, 8, 4, 96, 300)
+    table = parameter_table(shape)
+    for name, spec in table.items():
+        full = rows(name, spec, 5, 0, spec.shape[0])
+        for tp in (1, 2, 4):
+            padded = shape.padded_vocab(tp)
+            shares = [local_share(name, spec, 5, tp, r, padded) for r in range(tp)]
+            assert all(tuple(s.shape) == spec.local_shape(tp, padded) for s in shares)
+            joined = torch.cat(shares, spec.tp_dim) if spec.tp_dim is not None else shares[-1]
+            assert torch.equal(joined[: spec.shape[0]], full) and not joined[spec.shape[0] :].any()
+        if spec.std is None:
+            assert torch.equal(full, torch.ones(spec.shape))
+        else:
+            n = full.numel()
+            assert abs(full.mean()) < 5 * spec.std / n**0.5 and abs(full.std() / spec.std - 1) < 5 / (2 * n) ** 0.5
+    assert table["blocks.0.o_proj.weight"].std == pytest.approx(0.02 / 8**0.5)
+    a, b = (rows("blocks.0.q_proj.weight", table["blocks.0.q_proj.weight"], s, 0, 64) for s in (5, 6))
+    assert not torch.equal(a, b)
+    c = rows("blocks.1.q_proj.weight", table["blocks.1.q_proj.weight"], 5, 0, 64)
+    assert not torch.equal(a, c) and abs(float((a * c).mean())) < 5 * 0.02**2 / 64
+
+
+@pytest.mark.parametrize(
+    "change, world, tensor, batch, says, alternative",
+    [
+        ({}, 6, 4, 48, "6 ranks are not a multiple", "parallel.tensor 2"),
+        ({"num_kv_heads": 4}, 8, 8, 64, "num_kv_heads 4 cannot be split", "parallel.tensor 4"),
+        (
+            {"num_layers": 22, "hidden_size": 2048, "num_heads": 32, "num_kv_heads": 4, "ffn_hidden_size": 5634},
+            4,
+            4,
+            64,
+            "ffn_hidden_size 5634 cannot be split over parallel.tensor 4",
+            "parallel.tensor 2",
+        ),
+        ({}, 3, 1, 64, "train.global_batch_size 64", "train.global_batch_size 66"),
+        ({"hidden_size": 72}, 1, 1, 64, "head size", "model.hidden_size 80"),
+    ],
+)
+def test_an_illegal_layout_is_refused_with_the_reason_and_the_nearest_legal_one(
+    change, world, tensor, batch, says, alternative
+):
+    shape = replace(ModelShape(4, 64, 8, 8, 96, 300), **change)
+    problem = check_layout(shape, world, tensor, batch, 2)
+    assert problem and says in problem.reason and problem.alternative == alternative
+    began = time.perf_counter()
+    check_layout(shape, world, tensor, batch, 2)
+    assert time.perf_counter() - began < 2
+    key, value = alternative.split()
+    fixed = {
+        "parallel.tensor": tensor,
+        "train.global_batch_size": batch,
+        **{f"model.{k}": v for k, v in vars(shape).items()},
+    } | {key: int(value)}
+    legal = ModelShape(**{k: fixed[f"model.{k}"] for k in vars(shape)})
+    assert check_layout(legal, world, fixed["parallel.tensor"], fixed["train.global_batch_size"], 2) is None
+
+
+def test_flops_equal_what_torch_counts_with_full_attention():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = ModelConfig(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, ffn_hidden_size=48, vocab_size=256)
+    mesh = build_mesh()
+    model = DiffusionTransformer(model_shape(config), mesh)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    ids = torch.randint(0, 256, (2, 8))
+    masked = torch.zeros(2, 8, dtype=torch.bool)
+    masked[:, :4] = True
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        output = model(ids, torch.arange(8).expand(2, 8), None, ids, masked, masked.float(), torch.tensor(16.0))
+        output.loss.backward()
+    assert counter.get_total_flops() == 16 * flops_per_token(model.shape, 8, masked_fraction=0.5)
