@@ -11,8 +11,9 @@ from typing import Optional
 
 import torch
 import torch.nn.functional as F
-from megatron.core import ModelParallelConfig
+from megatron.core import ModelParallelConfig, parallel_state
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel import layers as megatron_layers
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
 
@@ -20,6 +21,16 @@ from parallel.attention import attention, rotate
 from parallel.loss import DiffusionLossOutput, check_vocab_shards, diffusion_loss
 from parallel.mesh import Mesh
 from parallel.shape import ModelShape
+
+
+def _tensor_parallel_group(tp_group=None, is_expert: bool = False, check_initialized: bool = True):
+    """megatron-core's look-up of the default group, without its warning on rank 0."""
+    return tp_group if tp_group is not None else parallel_state.get_tensor_model_parallel_group(check_initialized=False)
+
+
+# Its row-parallel linear does not pass its group on, so every forward warns; torch.compile breaks the graph at a warning,
+# five times a block, and on rank 0 alone.
+megatron_layers.get_tensor_model_parallel_group_if_none = _tensor_parallel_group
 
 
 def _unused_init(weight: Tensor) -> None:

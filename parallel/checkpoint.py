@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from parallel.boxes import Boxes, BoxLoadPlanner, BoxSavePlanner
@@ -112,6 +113,13 @@ def _write_text(path: Path, text: str) -> None:
     _fsync(path.parent)
 
 
+def _remove(folder: Path) -> None:
+    """Takes the name away first, so that a folder with a checkpoint's name is never half removed."""
+    doomed = folder.with_name(f".removing-{folder.name}")
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed)
+
+
 def _distributed() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
 
@@ -127,8 +135,9 @@ def save(root: Path, step: int, state: Mapping[str, Boxes], trainer: Mapping[str
     rank = dist.get_rank() if _distributed() else 0
     if rank == 0:
         root.mkdir(parents=True, exist_ok=True)
-        for leftover in root.glob(".writing-*"):  # of a run that died while saving
-            shutil.rmtree(leftover)
+        for pattern in (".writing-*", ".removing-*"):  # of a run that died while saving
+            for leftover in root.glob(pattern):
+                shutil.rmtree(leftover)
         temporary.mkdir()
     if _distributed():
         dist.barrier()
@@ -141,13 +150,13 @@ def save(root: Path, step: int, state: Mapping[str, Boxes], trainer: Mapping[str
     if rank == 0:
         _write_text(temporary / "trainer.json", json.dumps({"format": FORMAT, "step": step, **trainer}, indent=1))
         _fsync(temporary)
-        if final.exists():  # the same step again, after a roll-back: the older one goes, under another name, first
-            shutil.rmtree(final)
+        if final.exists():  # the same step again, after a roll-back
+            _remove(final)
         os.rename(temporary, final)
         _fsync(root)
         _write_text(root / "latest", final.name + "\n")
         for old in complete_checkpoints(root)[:-keep]:
-            shutil.rmtree(old)
+            _remove(old)
     if _distributed():
         dist.barrier()
     return final
@@ -181,4 +190,12 @@ def load(checkpoint: Path, state: Mapping[str, Boxes]) -> None:
             )
         if sum(chunk.sizes.numel() for chunk in meta.chunks) != meta.size.numel():
             raise CheckpointError(f"checkpoint {checkpoint}: {name} is not wholly covered by the stored boxes")
-    dcp.load(dict(state), storage_reader=reader, planner=BoxLoadPlanner(), no_dist=not _distributed())
+    try:
+        dcp.load(dict(state), storage_reader=reader, planner=BoxLoadPlanner(), no_dist=not _distributed())
+    except CheckpointException as error:  # a payload that is missing, cut short or not a tensor file
+        causes = [
+            f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}" for cause, _ in error.failures.values()
+        ]
+        raise CheckpointError(
+            f"checkpoint {checkpoint}: its values cannot be read ({causes[0]}); resume from an older one"
+        ) from None

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from parallel.attention import attention
+from parallel.attention import attention, rotary_angles
 from parallel.initialise import local_share, rows
 from parallel.legality import check_layout
 from parallel.mesh import build_mesh, single_process_mesh
@@ -111,6 +111,14 @@ def test_padding_behind_a_sample_leaves_it_as_if_it_were_alone(model):
     padded = run(model, ids, torch.tensor([[0] * 10 + [-1] * 6]))[:, :10]
     alone = run(model, ids[:, :10])
     assert (padded - alone).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("documents", [None, torch.zeros(2, 8, dtype=torch.int32)])
+def test_a_compiled_block_is_one_graph_without_a_break(model, documents):
+    cos, sin = rotary_angles(torch.arange(8).expand(2, 8), 8, 500000.0)
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(model.blocks[0]._compute)(torch.randn(2, 8, 32), cos, sin, documents)
+    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])

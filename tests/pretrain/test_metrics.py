@@ -1,0 +1,113 @@
+"""Metrics and the validation bound, against token-by-token sums and against enumeration."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from data.batch import DiffusionBatch
+from data.manifest import SpecialIds
+from parallel.mesh import single_process_mesh
+from pretrain.metrics import T_BINS, global_counts, token_sums, train_metrics
+from pretrain.validation import Validation
+from tests.distributed import training_case as case
+
+
+@pytest.fixture(scope="module")
+def group() -> list[DiffusionBatch]:
+    return case.batches(steps=5)[2]
+
+
+def made_up_output(batch: DiffusionBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(int(batch.sample_ids[0]))
+    ce = torch.rand(batch.masked.shape, generator=g) * 5 * batch.masked
+    return ce, (torch.rand(ce.shape, generator=g) < 0.4) & batch.masked
+
+
+def test_every_metric_equals_a_loop_over_tokens_and_does_not_depend_on_the_split(group):
+    outputs = [made_up_output(b) for b in group]
+    normalizer, masked = global_counts(group, single_process_mesh())
+    found = train_metrics(sum(token_sums(b, *o) for b, o in zip(group, outputs)), normalizer)
+    tokens = [
+        {k: getattr(b, k)[i, j].item() for k in ("masked", "eligible", "weight", "t", "p_mask")}
+        | {"ce": ce[i, j].item(), "correct": correct[i, j].item()}
+        for b, (ce, correct) in zip(group, outputs)
+        for i, j in itertools.product(*map(range, ce.shape))
+    ]
+    counted = [x for x in tokens if x["masked"]]
+    eligible = [x for x in tokens if x["eligible"]]
+    assert (normalizer, masked) == (len(eligible), len(counted)) and 0 < masked < normalizer < len(tokens)
+    expected = {
+        "train/loss": sum(x["weight"] * x["ce"] for x in counted) / len(eligible),
+        "train/ce_loss": sum(x["ce"] for x in counted) / len(counted),
+        "train/accuracy": sum(x["correct"] for x in counted) / len(counted),
+        "train/mask_ratio": len(counted) / len(eligible),
+        "train/num_masked_tokens": len(counted),
+        "train/avg_p_mask": sum(x["p_mask"] for x in eligible) / len(eligible),
+        "train/importance_weight_avg": sum(x["weight"] for x in counted) / len(counted),
+    }
+    for k in range(T_BINS):
+        inside = [x["ce"] for x in counted if min(int(x["t"] * T_BINS), T_BINS - 1) == k]
+        if inside:
+            expected[f"train/loss_t_bin_{k}"] = sum(inside) / len(inside)
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+VOCAB, LENGTH, BLOCKS = 4, 3, 4000
+
+
+class UnigramEngine:
+    """An engine whose model knows only token frequencies, so that the exact bound is the cross-entropy with them."""
+
+    mesh = single_process_mesh()
+
+    def __init__(self, probabilities: list[float]):
+        self.cost = -torch.tensor(probabilities, dtype=torch.float64).log()
+
+    def forward(self, batch: dict[str, torch.Tensor]):
+        ce = self.cost[batch["target_ids"]] * batch["masked"]
+        return type("Output", (), {"ce": ce})
+
+
+class Tokens:
+    special = SpecialIds(mask=0, eos=1, pad=1)
+
+    def __init__(self, ids: np.ndarray):
+        self.ids, self.tokens = ids.astype(np.uint16), len(ids)
+
+    def read_tokens(self, start: int, count: int) -> np.ndarray:
+        return self.ids[start : start + count]
+
+
+def test_the_validation_bound_is_exact_where_it_can_be_computed_and_its_standard_error_is_honest():
+    """For independent tokens the NELBO of any mask count is the cross-entropy: E[l / L sum over masked] = mean cost."""
+    ids = np.random.default_rng(0).choice(VOCAB, LENGTH * BLOCKS, p=[0.1, 0.2, 0.3, 0.4])
+    engine = UnigramEngine([0.25, 0.25, 0.2, 0.3])
+    exact = float(engine.cost[torch.from_numpy(ids)].mean())
+    metrics = Validation(Tokens(ids), LENGTH, 64).run(engine)
+    assert 0 < metrics["val/nelbo_se"] < 0.01
+    assert abs(metrics["val/nelbo"] - exact) < 4 * metrics["val/nelbo_se"]
+    assert metrics["val/ppl_bound"] == pytest.approx(math.exp(metrics["val/nelbo"]))
+
+
+def test_validation_is_the_same_for_any_microbatch_and_number_of_ranks():
+    ids = np.random.default_rng(1).integers(0, VOCAB, 101 * 7 - 3)
+    engine = UnigramEngine([0.1, 0.2, 0.3, 0.4])
+    one = Validation(Tokens(ids), 7, 101).run(engine)
+    for micro in (1, 4, 50):
+        assert Validation(Tokens(ids), 7, micro).run(engine) == pytest.approx(one, rel=1e-12)
+    for ranks, micro in ((2, 3), (5, 8), (7, 50)):
+        validation = Validation(Tokens(ids), 7, micro)
+        parts = [list(validation.batches(rank, ranks)) for rank in range(ranks)]
+        assert len({len(part) for part in parts}) == 1, "every rank must run the same number of collective forwards"
+        counted = sorted(int(s) for part in parts for b in part for s in b.sample_ids[b.masked.any(1)])
+        assert counted == list(range(101))
+
+
+def test_unigram_entropy_is_that_of_the_token_frequencies():
+    ids = np.array([2] * 50 + [3] * 25 + [5] * 25)
+    assert Validation(Tokens(ids), 7, 4).unigram_entropy() == pytest.approx(1.5 * math.log(2))
