@@ -92,11 +92,11 @@ def _sample(arguments: Sequence[str]) -> int:
 def _plot(arguments: Sequence[str]) -> int:
     parser = _parser("plot: loss curves of a run as a PNG")
     parser.add_argument("--run", required=True, help="run folder")
-    parser.add_argument("--output", default="", help="file to write (default: loss.png in the run folder)")
+    parser.add_argument("--output", help="file to write instead of loss.png in the run folder")
     values = _parse(parser, "plot", arguments)
     from pretrain.plot import plot
 
-    print(plot(values.run, values.output))
+    print(plot(values.run, values.output or ""))
     return 0
 
 
@@ -114,11 +114,11 @@ def _track(arguments: Sequence[str]) -> int:
 
 def _doctor(arguments: Sequence[str]) -> int:
     parser = _parser("doctor: what this machine has and lacks")
-    parser.add_argument("--json", default="", help="also write the findings to this file")
+    parser.add_argument("--json", help="also write the findings to this file")
     values = _parse(parser, "doctor", arguments)
     from pretrain.doctor import doctor
 
-    return doctor(values.json or None)
+    return doctor(values.json)
 
 
 def _quickstart(arguments: Sequence[str]) -> int:

@@ -62,9 +62,10 @@ def metrics(folder: Path, prefix: str = "train/") -> list[dict]:
     ]
 
 
-def stored_state(folder: Path) -> dict[str, torch.Tensor]:
-    """Weights and both moments of the newest checkpoint, whole."""
-    newest = checkpoint.latest(folder / "checkpoints")
+def stored_state(folder: Path, step: int | None = None) -> dict[str, torch.Tensor]:
+    """Weights and both moments of the newest checkpoint (or that of `step`), whole."""
+    root = folder / "checkpoints"
+    newest = checkpoint.step_folder(root, step) if step else checkpoint.latest(root)
     table = parameter_table(model_shape(config_from_dict(checkpoint.read_trainer(newest)["config"]).model))
     state = {
         f"{kind}/{name}": torch.full(spec.shape, float("nan"))
@@ -230,3 +231,82 @@ def test_init_from_takes_the_weights_and_nothing_else(corpus, runs, tmp_path):
         else:
             assert not torch.equal(tuned[name], values), f"{name} was carried over"
     assert metrics(tmp_path / "tuned")[0]["train/ce_loss"] < metrics(runs / "straight")[0]["train/ce_loss"] - 0.3
+
+
+@pytest.mark.parametrize("name, ranks, tensor", [("one process", 1, 1), ("two tensor-parallel ranks", 2, 2)])
+def test_another_layout_takes_the_same_steps(corpus, runs, tmp_path, name, ranks, tensor):
+    """The same 20 steps as the run on two data-parallel ranks: loss to 1e-5, gradient norm to 1e-4, the same tokens masked."""
+    overrides = {
+        "train.stop_at": 20,
+        "train.validate_every": 20,
+        "train.checkpoint_every": 0,
+        "parallel.tensor": tensor,
+    }
+    run("pretrain", arguments(corpus, tmp_path, "other", **overrides, **{"train.micro_batch_size": 4}), ranks)
+    other, straight = metrics(tmp_path / "other"), metrics(runs / "straight")[:20]
+    assert [line["step"] for line in other] == list(range(1, 21))
+    for a, b in zip(other, straight):
+        assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-5)
+        assert a["train/grad_norm"] == pytest.approx(b["train/grad_norm"], rel=1e-4)
+        assert a["train/num_masked_tokens"] == b["train/num_masked_tokens"]
+    a, b = metrics(tmp_path / "other", "val/")[0], metrics(runs / "straight", "val/")[0]
+    assert a["val/nelbo"] == pytest.approx(b["val/nelbo"], rel=1e-5)
+
+
+def test_a_step_without_a_single_masked_token_changes_no_parameter_and_no_moment(corpus, tmp_path):
+    """Blocks of two tokens, one a step: about a quarter of the steps mask nothing."""
+    steps = 12
+    run(
+        "pretrain",
+        arguments(
+            corpus,
+            tmp_path,
+            "empty",
+            **{
+                "data.sequence_length": 2,
+                "train.global_batch_size": 1,
+                "train.micro_batch_size": 1,
+                "train.steps": steps,
+                "train.checkpoint_every": 1,
+                "train.keep_checkpoints": steps,
+                "train.validate_every": 0,
+                "optimizer.warmup_steps": 0,
+                "optimizer.decay_steps": 0,
+            },
+        ),
+        1,
+    )
+    lines = metrics(tmp_path / "empty")
+    states = [stored_state(tmp_path / "empty", step) for step in range(1, steps + 1)]
+    empty = [line["train/num_masked_tokens"] == 0 for line in lines]
+    assert any(empty[1:]) and not all(empty)
+    for number in range(1, steps):
+        same = all(torch.equal(states[number][name], states[number - 1][name]) for name in states[0])
+        assert same == empty[number], f"step {number + 1}"
+    assert lines[-1]["train/applied_steps"] == steps - sum(empty)
+
+
+def test_the_compiled_run_on_bf16_with_recomputed_activations_learns_as_well(corpus, runs, tmp_path):
+    run(
+        "pretrain",
+        arguments(
+            corpus,
+            tmp_path,
+            "bf16",
+            **{
+                "train.precision": "bf16",
+                "train.compile": "true",
+                "parallel.activation_checkpointing": "full",
+                "train.stop_at": 20,
+                "data.cfg_dropout": 0.1,
+                "data.cfg_condition": "prefix",
+                "train.validate_every": 20,
+            },
+        ),
+        1,
+    )
+    losses = [line["train/ce_loss"] for line in metrics(tmp_path / "bf16")]
+    assert sum(losses[-5:]) < sum(losses[:5]) - 0.5
+    assert metrics(tmp_path / "bf16", "val/")[0]["val/nelbo"] == pytest.approx(
+        metrics(runs / "straight", "val/")[0]["val/nelbo"], rel=0.02
+    )
