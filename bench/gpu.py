@@ -85,7 +85,8 @@ def _end(child: subprocess.Popen) -> None:
 def child_main(options: argparse.Namespace) -> None:
     """One task, in this process; leaves without the interpreter's shutdown, in which gloo aborts."""
     deadline = time.monotonic() + options.budget
-    from bench.gpu_task import Work, perform
+    from bench.gpu_perform import perform
+    from bench.gpu_task import Work
 
     task = next(t for t in TASKS if t.name == options.task)
     sizes = SMOKE if options.smoke else FULL

@@ -6,6 +6,7 @@
 The floor is what any implementation must do: the three matmuls of the masked rows (logits, hidden gradient, weight
 gradient), timed in the same run. On a CPU every contender runs in its own process, so that its peak memory is its own.
 """
+
 from __future__ import annotations
 
 import argparse

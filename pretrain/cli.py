@@ -179,7 +179,8 @@ def main() -> None:
     try:
         code = run(sys.argv[1:])
     except (InputError, CheckpointError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks see the same mistake; one line is enough
+        # Before the ranks meet all of them see the same mistake and one line is enough; later it may be one rank's own.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or _in_process_group():
             print(f"error: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
@@ -193,10 +194,14 @@ def main() -> None:
     _leave(code)
 
 
+def _in_process_group() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
 def _leave(code: int) -> None:
     """A process that holds a process group must not run the interpreter's own shutdown: gloo aborts in it."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+    if _in_process_group():
         from pretrain.train import leave
 
         leave(code)

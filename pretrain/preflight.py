@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import IO, Any, Optional
 
 from data.errors import InputError
 from data.shard_set import ShardSet
@@ -195,6 +196,23 @@ def _check_writable(folder: Path) -> None:
         raise InputError(
             f"run.dir/run.name: {folder} cannot be written ({existing} is not a writable folder): choose another run.dir"
         )
+
+
+def hold(folder: Path) -> IO[str]:
+    """Takes the run folder for this process until it ends, however it ends; InputError if another one has it.
+
+    Creates the folder. The lock is the kernel's (flock), so nothing stays behind after a kill.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise InputError(
+            f"run folder {folder} is in use by another process: wait for it, or choose another run.name"
+        ) from None
+    return file
 
 
 def fingerprint(shards: ShardSet) -> str:

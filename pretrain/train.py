@@ -21,7 +21,7 @@ from data.tokenizer import load_tokenizer
 from parallel import checkpoint
 from parallel.engine import AdamWOptions
 from parallel.engine_deepspeed import DeepSpeedEngine
-from parallel.mesh import Mesh, build_mesh
+from parallel.mesh import Mesh, build_mesh, world_from_environment
 from pretrain.config import Config
 from pretrain.console import TrainingDisplay
 from pretrain.flops import flops_per_token, peak_flops
@@ -29,7 +29,7 @@ from pretrain.load_config import save_config, to_dict
 from pretrain.lr_schedule import learning_rate
 from pretrain.metrics import global_counts, sum_over_ranks, token_sums, train_metrics
 from pretrain.model import build_model
-from pretrain.preflight import Plan, fingerprint, preflight
+from pretrain.preflight import Plan, fingerprint, hold, preflight
 from pretrain.sample_log import log_samples
 from pretrain.tracking import MetricLog, Shipper, read_state, tracking_uri, truncate_metrics
 from pretrain.validation import Validation
@@ -41,12 +41,15 @@ def train(config: Config) -> int:
     Raises InputError, before any process group or GPU is taken, for every mistake that can be seen beforehand.
     """
     plan = preflight(config)
+    lock = hold(plan.folder) if world_from_environment()[0] == 0 else None
     mesh = build_mesh(config.parallel.tensor, config.parallel.timeout_seconds)
     run = _Run(config, plan, mesh)
     try:
         run.loop()
     finally:
         run.close()
+        if lock:
+            lock.close()
     return 0
 
 

@@ -167,6 +167,14 @@ def test_an_existing_run_is_not_continued_with_another_model_seed_or_data(monkey
     assert sorted(p.name for p in (tmp_path / "r").rglob("*")) == ["checkpoints", "step-00000004", "trainer.json"]
 
 
+def test_a_run_folder_that_another_process_trains_in(monkeypatch, capsys, corpus, tmp_path):
+    from pretrain.preflight import hold
+
+    with hold(tmp_path / "r"):
+        fails(monkeypatch, capsys, arguments(corpus, tmp_path, "r"), str(tmp_path / "r"), "in use")
+    hold(tmp_path / "r").close()
+
+
 @pytest.mark.parametrize(
     "command, said",
     [
