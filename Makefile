@@ -33,8 +33,10 @@ test: install-dev                 ## every test
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m pytest
 
-lint: install-dev                 ## ruff
+lint: install-dev                 ## ruff and mypy
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 bench-loss: install               ## the loss beside its rivals, one table
 	$(BIN)/python bench/loss.py

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -31,7 +31,7 @@ def encode_documents(tokenizer: TextTokenizer, texts: Sequence[str]) -> list[np.
 
 def encode_in_order(
     batches: Iterable[tuple[Label, Sequence[str]]], tokenizer: TextTokenizer, processes: int
-) -> Iterator[tuple[Label, list[np.ndarray]]]:
+) -> Generator[tuple[Label, list[np.ndarray]], None, None]:
     """Yield (label, documents) for each (label, texts), in order, with at most two batches per process in memory.
 
     One process works in place. Raises RuntimeError when a worker dies.
@@ -42,9 +42,8 @@ def encode_in_order(
         return
     pool = ProcessPoolExecutor(
         processes,
-        mp_context=multiprocessing.get_context(
-            "spawn"
-        ),  # a fork would copy the tokenizer's threads in an unknown state
+        # A fork would copy the tokenizer's threads in an unknown state.
+        mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
         initargs=(tokenizer.path, tokenizer.special),
     )
@@ -84,4 +83,5 @@ def _die_with_parent() -> None:
 
 
 def _encode_in_worker(texts: list[str]) -> list[np.ndarray]:
+    assert _tokenizer is not None, "_start_worker runs first"
     return encode_documents(_tokenizer, texts)

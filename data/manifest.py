@@ -145,7 +145,7 @@ class _Fields:
         if key not in self.record:
             raise InputError(f"{self.path}: field {name} is missing; {REMEDY}")
         value = self.record[key]
-        if type(value) is not kind or (kind is int and value < 0):
+        if type(value) is not kind or (isinstance(value, int) and value < 0):
             wanted = "a whole number of at least 0" if kind is int else f"a {kind.__name__}"
             raise InputError(f"{self.path}: field {name} must be {wanted}, found {value!r:.60}; {REMEDY}")
         return value

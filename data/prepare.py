@@ -16,6 +16,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def _fill(
             chunk_tokens=options.chunk_tokens,
             shard_tokens=options.shard_tokens,
             finished=finished[name],
-            on_shard=lambda entry, name=name: workspace.record(name, entry),
+            on_shard=partial(workspace.record, name),
         )
         for name in names
     }

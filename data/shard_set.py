@@ -51,6 +51,7 @@ class ShardSet:
             raise InputError(f"verify: {verify!r} is unknown; allowed are auto, full and size")
         folder = Path(folder)
         manifest = read_manifest(folder)
+        depth: Literal["size", "headers", "full"]
         if verify == "auto":
             depth = "full" if sum(shard.bytes for shard in manifest.shards) < FULL_CHECK_BYTES else "headers"
         else:
@@ -133,7 +134,7 @@ class ShardSet:
         try:
             # The local reference keeps the descriptor open even if another thread's read pushes it out of the cache.
             file = self._files.get(path)
-            buffer = memoryview(part).cast("B")
+            buffer = memoryview(part.data).cast("B")
             while buffer:
                 got = os.preadv(file.fileno(), [buffer], offset)
                 if got == 0:

@@ -23,7 +23,8 @@ SEGMENT_TOKENS = 65536
 class TokenStore(Protocol):
     """N tokens addressable by position (data.shard_set.ShardSet in training, an array in tests)."""
 
-    tokens: int
+    @property
+    def tokens(self) -> int: ...
 
     def read_tokens(self, start: int, count: int) -> np.ndarray: ...
 
@@ -46,7 +47,7 @@ class BlockStream:
         return {k: getattr(self, k) for k in ("store", "sequence_length", "seed", "segment_tokens")}
 
     def __setstate__(self, state: dict) -> None:
-        self.__init__(**state)
+        BlockStream.__init__(self, **state)
 
     def epoch(self, g: int) -> int:
         """The epoch in which block g starts."""

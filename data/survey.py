@@ -111,7 +111,7 @@ def survey_inputs(
         total += 1
     if total == 0:
         raise no_documents_error(sources, sum((skip.counts for skip in skips), SkipLog().counts))
-    forced = {}
+    forced: dict[int, str] = {}
     if val_fraction > 0:
         if total == 1:
             raise InputError(
@@ -119,6 +119,7 @@ def survey_inputs(
             )
         for empty, full, nearest in (("val", "train", lowest), ("train", "val", highest)):
             if not any(documents for documents, _ in counted[empty]):
+                assert nearest is not None, "there are at least two documents"
                 _, index, number, size = nearest
                 forced[index] = empty
                 for set_name, sign in ((empty, 1), (full, -1)):

@@ -186,14 +186,15 @@ def find_special_ids(backend: Tokenizer, where: str, eos_token: str | None = Non
         raise InputError(
             f"tokenizer: {where} has no {lacking} token ({', '.join(names)}); `prepare --tokenizer` adds it to a copy"
         )
-    eos_id = backend.token_to_id(eos)
-    return SpecialIds(backend.token_to_id(mask), eos_id, eos_id, None if bos is None else backend.token_to_id(bos))
+    mask_id, eos_id = backend.token_to_id(mask), backend.token_to_id(eos)
+    assert mask_id is not None and eos_id is not None
+    return SpecialIds(mask_id, eos_id, eos_id, None if bos is None else backend.token_to_id(bos))
 
 
 def _refuse_special_ids_from_text(tokenizer: TextTokenizer) -> None:
     special = {i for i in (tokenizer.special.mask, tokenizer.special.eos, tokenizer.special.bos) if i is not None}
     for token_id in sorted(special):
-        literal = tokenizer.backend.id_to_token(token_id)
+        literal = tokenizer.backend.id_to_token(token_id) or ""
         for ids in tokenizer.encode_batch([literal, f"a{literal}b {literal}"]):
             if special & set(ids.tolist()):
                 raise InputError(

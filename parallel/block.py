@@ -158,6 +158,8 @@ class DiffusionHead(nn.Module):
     ) -> DiffusionLossOutput | Tensor:
         """The loss (targets given; `ce` and `correct` come as [T] = [B L]) or the logits [B, L, vocab_size]."""
         if targets_BL is not None:
+            if masked_BL is None or weight_BL is None or normalizer is None:
+                raise ValueError("the loss needs targets, masked, weight and normalizer together")
             return diffusion_loss(
                 hidden_BLH.flatten(0, 1),
                 self.weight,

@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from parallel.boxes import Boxes, BoxLoadPlanner, BoxSavePlanner
 from parallel.errors import CheckpointError
@@ -73,7 +73,7 @@ class _Reader(FileSystemReader):
         except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError) as error:
             raise CheckpointError(f"checkpoint {self.path}: its .metadata cannot be read ({error})") from None
         if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = self.storage_meta()
+            metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
 

@@ -106,7 +106,7 @@ class DeepSpeedEngine:
         self._table = parameter_table(shape)
         self._padded_vocab = shape.padded_vocab(mesh.tp)
         for name, parameter in module.named_parameters():
-            parameter.tensor_model_parallel = self._table[name].tp_dim is not None
+            setattr(parameter, "tensor_model_parallel", self._table[name].tp_dim is not None)  # noqa: B010
         # A block is fetched as a whole: one all-gather, and no hook inside the region that train.compile traces.
         from parallel.block import TransformerBlock
 
@@ -166,7 +166,8 @@ class DeepSpeedEngine:
     def state_written(self, optimizer_steps: int) -> None:
         """Called after values were written into `state()`: the forward's copies and Adam's step counters follow."""
         for parameter in self.module.parameters():
-            parameter.ds_tensor.data.copy_(self._partition(parameter, "weight"))
+            sharded: Any = parameter
+            sharded.ds_tensor.data.copy_(self._partition(parameter, "weight"))
         for moments in self._zero.optimizer.state.values():
             if isinstance(moments["step"], Tensor):
                 moments["step"].fill_(optimizer_steps)

@@ -224,9 +224,9 @@ def _loss_and_gradients(
             chunk_grad = _matmul(logits_grad, vocab, out=hidden.new_empty(stop - start, hidden_size, dtype=wide))
             if shard.ranks > 1:  # runs beside the weight-gradient matmul
                 reduction = dist.all_reduce(chunk_grad, group=shard.group, async_op=True)
-        if want_weight:
+        if weight_grad is not None:
             _accumulate(weight_grad, logits_grad.t(), states)
-        if want_hidden:
+        if hidden_grad is not None:
             if reduction is not None:
                 reduction.wait()
             hidden_grad.index_copy_(0, index, chunk_grad.to(hidden.dtype))

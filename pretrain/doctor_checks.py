@@ -177,7 +177,8 @@ def check_gpu_links(machine: Machine) -> list[Finding]:
 
 
 def check_infiniband(machine: Machine) -> list[Finding]:
-    active, other = [], []
+    active: list[str] = []
+    other: list[str] = []
     for port in sorted(machine.root.glob("sys/class/infiniband/*/ports/*")):
         state = _read(port / "state")
         port_list = active if "ACTIVE" in state else other

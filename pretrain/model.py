@@ -49,7 +49,8 @@ class DiffusionTransformer(nn.Module):
     def compile_blocks(self) -> None:
         """torch.compile of each block's arithmetic; parameter gathering hooks stay outside the graphs."""
         for block in self.blocks:
-            block.compute = torch.compile(block._compute)
+            if isinstance(block, TransformerBlock):
+                block.compute = torch.compile(block._compute)
 
     def forward(
         self,

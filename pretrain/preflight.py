@@ -6,7 +6,7 @@ import fcntl
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Optional
+from typing import IO, Any, Literal, Optional
 
 from data.errors import InputError
 from data.shard_set import ShardSet
@@ -123,7 +123,7 @@ def _check_values(config: Config) -> None:
         )
 
 
-def _open(key: str, folder: str, verify: str) -> ShardSet:
+def _open(key: str, folder: str, verify: Literal["auto", "full", "size"]) -> ShardSet:
     if not folder:
         raise InputError(f"{key} is empty: name a folder made by `python -m pretrain prepare`")
     try:
@@ -135,12 +135,13 @@ def _open(key: str, folder: str, verify: str) -> ShardSet:
 def _check_apex(config: Config) -> None:
     from parallel.apex_support import require_apex
 
-    for key, value in (("model.norm_impl", config.model.norm_impl), ("optimizer.impl", config.optimizer.impl)):
-        if value == "apex":
-            try:
-                require_apex(key)
-            except ValueError as error:
-                raise InputError(str(error)) from None
+    try:
+        if config.model.norm_impl == "apex":
+            require_apex("model.norm_impl")
+        if config.optimizer.impl == "apex":
+            require_apex("optimizer.impl")
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def _look_up(values: dict[str, Any], key: str) -> Any:

@@ -97,9 +97,11 @@ class _Run:
         if mesh.rank == 0:
             self._open_folder()
         self.tokenizer = load_tokenizer(plan.train_set.tokenizer_path, special=self.special)
-        self.validation = plan.val_set and Validation(
-            plan.val_set, config.data.sequence_length, config.train.micro_batch_size, config.train.val_samples
-        )
+        self.validation: Optional[Validation] = None
+        if plan.val_set is not None:
+            self.validation = Validation(
+                plan.val_set, config.data.sequence_length, config.train.micro_batch_size, config.train.val_samples
+            )
         self.unigram_entropy = self.validation.unigram_entropy() if self.validation else 0.0
         self.display = TrainingDisplay(mesh.rank == 0, self.step, self.stop, config.train.log_every)
         name = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else ""
@@ -107,7 +109,7 @@ class _Run:
 
     def loop(self) -> None:
         config, engine, mesh = self.config, self.engine, self.mesh
-        if self.step:
+        if self.plan.resume_from:
             self.display.say(f"resumed {self.folder} at step {self.step} from {self.plan.resume_from.name}")
         for compact in self._batches():
             began = time.perf_counter()
@@ -117,7 +119,7 @@ class _Run:
             metrics = {"train/lr": lr}
             if masked:
                 result = engine.train_step([b.tensors() for b in batches], eligible, lr)
-                sums = sum(token_sums(b, o.ce, o.correct) for b, o in zip(batches, result.outputs))
+                sums = torch.stack([token_sums(b, o.ce, o.correct) for b, o in zip(batches, result.outputs)]).sum(0)
                 metrics |= train_metrics(sum_over_ranks(sums, mesh), eligible)
                 metrics["train/grad_norm"] = result.grad_norm
                 self._count_step(result.applied)
@@ -230,6 +232,7 @@ class _Run:
         self.display.step(self.step, metrics)
 
     def _validate(self) -> None:
+        assert self.validation is not None, "preflight asks for data.val_shards"
         metrics = self.validation.run(self.engine) | {"val/unigram_entropy": self.unigram_entropy}
         if self.log:
             self.log.write(self.step, metrics)

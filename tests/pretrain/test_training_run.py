@@ -230,6 +230,10 @@ def test_init_from_takes_the_weights_and_nothing_else(corpus, runs, tmp_path):
             assert torch.allclose(tuned[name], values, atol=1e-9), name
         else:
             assert not torch.equal(tuned[name], values), f"{name} was carried over"
+    for name in (name.removeprefix("exp_avg/") for name in trained if name.startswith("exp_avg/")):
+        # After the first step of a fresh Adam m = (1 - b1) g and v = (1 - b2) g^2, so v = m^2 (1 - b2) / (1 - b1)^2.
+        first, second = tuned[f"exp_avg/{name}"], tuned[f"exp_avg_sq/{name}"]
+        assert torch.allclose(second, first**2 * (1 - 0.95) / (1 - 0.9) ** 2, rtol=1e-4, atol=1e-20), name
     assert metrics(tmp_path / "tuned")[0]["train/ce_loss"] < metrics(runs / "straight")[0]["train/ce_loss"] - 0.3
 
 
