@@ -19,68 +19,38 @@ TIMEOUT = 900  # seconds, of any one command
 
 
 def quickstart() -> int:
-    """Runs every stage, shows each command before it runs, and ends with what was done; the first failing command's exit code."""
+    """Runs every stage, shows each command before it runs, and ends with what was done.
+
+    Returns the exit code of the first command that fails, else 0.
+    """
     config = load_config(["--config", CONFIG])
     run = Path(config.run.dir) / config.run.name
-    python = [sys.executable, "-m"]
-    prepare = [
-        *python,
-        "pretrain",
-        "prepare",
-        "--source",
-        "stdlib",
-        "--out",
-        str(Path(config.data.shards).parent),
-        "--vocab-size",
-        str(config.model.vocab_size),
-        "--val-fraction",
-        "0.03",
-    ]
-    train = [
-        *python,
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(RANKS),
-        "-m",
-        "pretrain",
-        "train",
-        "--config",
-        CONFIG,
-    ]
-    half = config.train.steps // 2
+    out = Path(config.data.shards).parent
+    train = f"torch.distributed.run --standalone --nproc-per-node {RANKS} -m pretrain train --config {CONFIG}"
     stages = [
-        ("1/6  real text -> tokenizer and shards", prepare),
-        (f"2/6  train on {RANKS} ranks with ZeRO-3, stop half way", [*train, "--train.stop_at", str(half)]),
+        (
+            "1/6  real text -> tokenizer and shards",
+            f"pretrain prepare --source stdlib --out {out} --vocab-size {config.model.vocab_size} --val-fraction 0.03",
+        ),
+        (
+            f"2/6  train on {RANKS} ranks with ZeRO-3, stop half way",
+            f"{train} --train.stop_at {config.train.steps // 2}",
+        ),
         ("3/6  the same command goes on where it stopped", train),
         (
             "4/6  text from the model, unmasked step by step",
-            [
-                *python,
-                "pretrain",
-                "sample",
-                "--run",
-                str(run),
-                "--prompt",
-                "def ",
-                "--length",
-                "96",
-                "--steps",
-                "48",
-                "--temperature",
-                "0.7",
-                "--block_length",
-                "32",
-            ],
+            f"pretrain sample --run {run} --prompt 'def ' --length 96 --steps 96 --temperature 0.9 --remasking random",
         ),
-        ("5/6  the loss curves", [*python, "pretrain", "plot", "--run", str(run)]),
-        ("6/6  ship what MLflow does not have yet", [*python, "pretrain", "track", "sync", "--run", str(run)]),
+        ("5/6  the loss curves", f"pretrain plot --run {run}"),
+        ("6/6  ship what MLflow does not have yet", f"pretrain track sync --run {run}"),
     ]
     began = time.monotonic()
     for title, command in stages:
-        shown = ["python", *command[1:]]
-        print(f"\n== {title}\n$ {shlex.join(shown)}", flush=True)
-        code = subprocess.run(command, timeout=TIMEOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+        print(f"\n== {title}\n$ python -m {command}", flush=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        code = subprocess.run(
+            [sys.executable, "-m", *shlex.split(command)], timeout=TIMEOUT, env=environment
+        ).returncode
         if code:
             print(f"stopped: the command above ended with exit code {code}", file=sys.stderr)
             return code
