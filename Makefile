@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
-# torch first and alone: a looser resolution would pull gigabytes of CUDA packages on a machine without a GPU.
+# torch first and alone, so that what follows is resolved against this build of it. On a machine without a GPU an index that
+# serves the CPU build saves gigabytes: PIP_EXTRA_INDEX_URL is honoured.
 $(VENV)/.torch: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements.txt)
@@ -31,6 +32,8 @@ quickstart: install               ## real text -> shards -> training on 2 ranks 
 
 test: install-dev                 ## every test
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest
 
 lint: install-dev                 ## ruff and mypy

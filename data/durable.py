@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 from pathlib import Path
 
@@ -24,3 +26,20 @@ def write_durably(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
     os.replace(temporary, path)
     fsync_folder(path.parent)
+
+
+def take_lock(path: Path) -> int:
+    """An open descriptor that holds the kernel's lock on `path` until it is closed or the process ends, however it ends.
+
+    Raises BlockingIOError when another process holds it. On a file system without locks nothing is held: that is no
+    reason to stop.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            return descriptor
+        os.close(descriptor)
+        raise
+    return descriptor

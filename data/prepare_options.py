@@ -8,7 +8,7 @@ from typing import Literal
 
 from data.errors import InputError
 from data.progress import duration
-from data.tokenizer import DEFAULT_TRAIN_BYTES, SMALLEST_VOCAB
+from data.tokenizer import DEFAULT_TRAIN_BYTES, MASK_TOKEN, SMALLEST_VOCAB
 
 
 @dataclass
@@ -68,6 +68,8 @@ def check_options(options: PrepareOptions) -> None:
         raise InputError(
             f"val_fraction: {options.val_fraction} is outside [0, 1); 0.01 holds out one document in a hundred"
         )
+    if options.eos_token in ("", MASK_TOKEN):
+        raise InputError(f"eos_token: {options.eos_token!r} cannot end a text; name another token")
     if options.chunk_tokens > 1 << 30:
         raise InputError(f"chunk_tokens: {options.chunk_tokens} is too large; allowed is up to {1 << 30}")
 

@@ -98,7 +98,9 @@ def open_sources(
     extension.
     """
     if source not in (None, "stdlib"):
-        raise InputError(f"source: {source!r} is unknown; allowed is stdlib (or leave it out and give --inputs)")
+        raise InputError(
+            f"source: {source!r} is unknown; allowed is stdlib (or leave it out and name files and folders)"
+        )
     sources: list[Source] = []
     seen: set[Path] = set()
     for given in inputs:
@@ -117,7 +119,9 @@ def open_sources(
             Source("stdlib", Path(sysconfig.get_path("stdlib")), "PSF-2.0", text_field, standard_library=True)
         )
     if not sources:
-        raise InputError("inputs: nothing to read; give files or folders with --inputs, or --source stdlib")
+        raise InputError(
+            "inputs: nothing to read; name files and folders (`prepare TEXTS/ --out ...`), or give --source stdlib"
+        )
     return sources
 
 

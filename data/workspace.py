@@ -7,8 +7,6 @@ disk before the journal names it, so after a crash at any moment the journal is 
 from __future__ import annotations
 
 import dataclasses
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -16,7 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from data.durable import fsync_folder, write_durably
+from data.durable import fsync_folder, take_lock, write_durably
 from data.errors import InputError
 from data.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, ShardEntry, read_manifest
 
@@ -35,25 +33,15 @@ class Workspace:
         try:
             out.mkdir(parents=True, exist_ok=True)
             # A file opened for writing, because network file systems cannot lock a folder.
-            self._lock = os.open(out / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise InputError(
-                f"out: cannot write to the folder {out} ({error.strerror}); choose another --out"
-            ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = take_lock(out / LOCK_FILE)
         except BlockingIOError:
-            os.close(self._lock)
             raise InputError(
                 f"out: another `prepare` is writing to {out}; wait for it or choose another --out"
             ) from None
         except OSError as error:
-            if error.errno not in (
-                errno.ENOLCK,
-                errno.ENOSYS,
-                errno.EOPNOTSUPP,
-            ):  # a file system without locks is no reason to stop
-                raise
+            raise InputError(
+                f"out: cannot write to the folder {out} ({error.strerror}); choose another --out"
+            ) from error
 
     def __enter__(self) -> Workspace:
         return self

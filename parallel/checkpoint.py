@@ -168,6 +168,8 @@ def read_trainer(checkpoint: Path) -> dict[str, Any]:
         trainer = json.loads((checkpoint / "trainer.json").read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {checkpoint}: trainer.json cannot be read ({error})") from None
+    if not isinstance(trainer, dict):
+        raise CheckpointError(f"checkpoint {checkpoint}: trainer.json is not an object")
     if trainer.get("format") != FORMAT:
         raise CheckpointError(f"checkpoint {checkpoint}: format {trainer.get('format')}, this version reads {FORMAT}")
     return trainer

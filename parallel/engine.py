@@ -46,6 +46,7 @@ class Engine(Protocol):
 
     mesh: Mesh
     module: nn.Module
+    vocab_size: int
 
     def train_step(self, microbatches: Sequence[Microbatch], normalizer: float, lr: float) -> StepResult:
         """Forward and backward of every microbatch, one clipped optimizer step.

@@ -103,6 +103,8 @@ class DeepSpeedEngine:
         deepspeed = import_deepspeed()
         self.mesh = mesh
         self.module = module
+        self.vocab_size = shape.vocab_size
+        self._impl = optimizer.impl
         self._table = parameter_table(shape)
         self._padded_vocab = shape.padded_vocab(mesh.tp)
         for name, parameter in module.named_parameters():
@@ -168,6 +170,9 @@ class DeepSpeedEngine:
         for parameter in self.module.parameters():
             sharded: Any = parameter
             sharded.ds_tensor.data.copy_(self._partition(parameter, "weight"))
+        for group in self._zero.optimizer.param_groups:
+            if "step" in group or self._impl == "apex":  # NVIDIA's FusedAdam counts steps by group
+                group["step"] = optimizer_steps
         for moments in self._zero.optimizer.state.values():
             if isinstance(moments["step"], Tensor):
                 moments["step"].fill_(optimizer_steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -46,8 +47,9 @@ def world_from_environment(environ: Optional[dict[str, str]] = None) -> tuple[in
 def build_mesh(tensor: int = 1, timeout_seconds: int = 600) -> Mesh:
     """Joins the process group (gloo on CPU, nccl on GPUs) and lays the mesh over it.
 
-    Every collective of every group ends with an error after `timeout_seconds`. The world size must be a multiple of `tensor`
-    (parallel.legality says so earlier and nicer). A second call gives the same mesh.
+    A collective that waits longer than `timeout_seconds` (in the mesh's own groups: the next full minute) ends with an
+    error. The world size must be a multiple of `tensor` (parallel.legality says so earlier and nicer). A second call gives
+    the same mesh.
     """
     rank, local_rank, world = world_from_environment()
     timeout = timedelta(seconds=timeout_seconds)
@@ -65,7 +67,7 @@ def build_mesh(tensor: int = 1, timeout_seconds: int = 600) -> Mesh:
             dist.init_process_group(backend, rank=rank, world_size=world, timeout=timeout)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tensor, distributed_timeout_minutes=max(1, timeout_seconds // 60)
+            tensor_model_parallel_size=tensor, distributed_timeout_minutes=math.ceil(timeout_seconds / 60)
         )
     elif parallel_state.get_tensor_model_parallel_world_size() != tensor:
         raise ValueError("this process already has a mesh with another number of tensor-parallel ranks")

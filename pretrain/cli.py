@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -23,7 +24,8 @@ usage: python -m pretrain COMMAND [options]        (COMMAND --help shows the opt
   plot        loss curves of a run as a PNG           plot --run runs/quickstart
   track sync  ship metrics MLflow does not have yet   track sync --run runs/quickstart
   doctor      what this machine has and lacks         doctor
-  quickstart  all of the above on real text           quickstart
+  quickstart  prepare, train, sample, plot on real    quickstart
+              text, every command shown
 
 Every mistake in a config or an input ends with one line and exit code 2, before any process group or GPU is taken.
 """
@@ -143,6 +145,14 @@ def _parse(parser: Any, name: str, arguments: Sequence[str]) -> Any:
         ) from None
 
 
+def _brief(message: str) -> str:
+    """jsonargparse's message without its list of all the types it tried."""
+    text = " ".join(message.split())
+    if found := re.match(r'Parser key "([\w.]+)":? .*Got value: (.*)', text):
+        return f"--{found[1]} cannot be {found[2].strip()[:80]}"
+    return text[:300]
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "prepare": _prepare,
     "train": _train,
@@ -174,24 +184,28 @@ def _quiet() -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
 
 
-def main() -> None:
-    _quiet()
+def execute(arguments: Sequence[str]) -> int:
+    """Runs one command; its mistakes become one line, its crashes a traceback. Returns the exit code."""
     try:
-        code = run(sys.argv[1:])
+        return run(arguments)
     except (InputError, CheckpointError) as error:
         # Before the ranks meet all of them see the same mistake and one line is enough; later it may be one rank's own.
         if os.environ.get("LOCAL_RANK", "0") == "0" or _in_process_group():
             print(f"error: {error}", file=sys.stderr)
-        code = 2
+        return 2
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
-        code = 130
+        print("interrupted; `prepare` and `train` go on from what is complete when started again", file=sys.stderr)
+        return 130
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
+        return end.code if isinstance(end.code, int) else 1
     except BaseException:
         traceback.print_exc()
-        code = 1
-    _leave(code)
+        return 1
+
+
+def main() -> None:
+    _quiet()
+    _leave(execute(sys.argv[1:]))
 
 
 def _in_process_group() -> bool:

@@ -90,7 +90,7 @@ def _type_name(hint: Any) -> str:
 def _unknown(key: str) -> Optional[str]:
     close = difflib.get_close_matches(key, list(known_keys()), 3, 0.5)
     return f"unknown key {key}: " + (
-        f"did you mean {', '.join(close)}?" if close else "see configs/quickstart.yaml for all keys"
+        f"did you mean {', '.join(close)}?" if close else "`python -m pretrain train --help` lists all keys"
     )
 
 

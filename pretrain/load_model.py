@@ -34,13 +34,14 @@ def find_checkpoint(path: str) -> Path:
 
 @torch.no_grad()
 def load_model(folder: Path) -> tuple[DiffusionTransformer, Config, dict[str, Any]]:
-    """(model in float32 on the CPU, its config, trainer.json) of the checkpoint in `folder`.
+    """(model in float32 on this process's device, its config, trainer.json) of the checkpoint in `folder`.
 
     Joins a process group of this process alone, since megatron-core's layers run only inside one.
     """
     trainer = checkpoint.read_trainer(folder)
-    config = config_from_dict(trainer["config"])
-    model = DiffusionTransformer(model_shape(config.model), build_mesh())
+    config = config_from_dict(trainer.get("config") or {})
+    mesh = build_mesh()
+    model = DiffusionTransformer(model_shape(config.model), mesh).to(mesh.device)
     table = parameter_table(model.shape)
     boxes = {}
     for name, parameter in model.named_parameters():
@@ -54,6 +55,10 @@ def load_model(folder: Path) -> tuple[DiffusionTransformer, Config, dict[str, An
 def load_run_tokenizer(checkpoint_folder: Path, trainer: dict[str, Any]) -> TextTokenizer:
     """The tokenizer that the run was trained with: a copy lies in the run folder."""
     file = checkpoint_folder.parent.parent / "tokenizer.json"
+    if not file.is_file() or "special" not in trainer:
+        raise InputError(
+            f"{file} is missing: put the run's tokenizer.json beside its config.yaml, two folders above a checkpoint"
+        )
     tokenizer = load_tokenizer(file, special=SpecialIds(**trainer["special"]))
     if tokenizer.sha256 != trainer["tokenizer_sha256"]:
         raise InputError(

@@ -57,7 +57,7 @@ def train_metrics(sums: Tensor, normalizer: float) -> dict[str, float]:
     """Metric name -> value from the summed `token_sums` of the global batch.
 
     train/loss: the weighted loss that is minimised (nats per eligible token); train/ce_loss: mean cross-entropy of masked
-    tokens; train/loss_t_bin_k: the same for samples with t in (k/10, (k+1)/10], left out where no token fell.
+    tokens; train/loss_t_bin_k: the same for samples with t in [k/10, (k+1)/10), left out where no token fell.
     """
     weighted, ce, correct, masked, eligible, p_mask, weight = sums[:7].tolist()
     metrics = {

@@ -43,7 +43,12 @@ def plot(run: str, output: str = "") -> Path:
     axes.grid(alpha=0.3)
     figure.tight_layout()
     path = Path(output) if output else folder / "loss.png"
-    figure.savefig(path)
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"plot: {path} cannot be written ({error}); give --output a .png, .pdf or .svg in a folder that exists"
+        ) from None
     pyplot.close(figure)
     return path
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, Optional
+from typing import Any, Literal, Optional
 
+from data.durable import take_lock
 from data.errors import InputError
 from data.shard_set import ShardSet
 from parallel.checkpoint import latest, read_trainer
 from parallel.legality import check_layout
 from parallel.mesh import world_from_environment
 from parallel.shape import ModelShape
-from pretrain.config import Config
+from pretrain.config import Config, ModelConfig, ObjectiveConfig
 from pretrain.load_config import to_dict
 from pretrain.lr_schedule import check_schedule
 from pretrain.model import model_shape
@@ -22,13 +25,13 @@ from pretrain.model import model_shape
 # What the stream and the parameters follow from: changing one of these in an existing run would make it another run.
 FROZEN = (
     "run.seed",
-    "model",
+    *(f"model.{name}" for name in ModelConfig.__dataclass_fields__ if name != "norm_impl"),
     "data.sequence_length",
     "data.packing",
     "data.random_length_prob",
     "data.cfg_dropout",
     "data.cfg_condition",
-    "objective",
+    *(f"objective.{name}" for name in ObjectiveConfig.__dataclass_fields__),
     "train.global_batch_size",
 )
 
@@ -48,14 +51,14 @@ class Plan:
 
 def preflight(config: Config) -> Plan:
     """Checks everything; raises InputError (or CheckpointError) with one line. Writes nothing."""
-    _, local_rank, world = world_from_environment()
+    _, local_rank, world = _world()
     shape = model_shape(config.model)
+    _check_values(config)
     problem = check_layout(
         shape, world, config.parallel.tensor, config.train.global_batch_size, config.train.micro_batch_size
     )
     if problem:
         raise InputError(f"layout: {problem.reason}; nearest that works: {problem.alternative}")
-    _check_values(config)
     check_schedule(config)
     # One process per host reads every byte; the others look at sizes and headers.
     verify = config.data.verify if local_rank == 0 else "size"
@@ -84,16 +87,45 @@ def preflight(config: Config) -> Plan:
         _check_same_run(config, trainer, train_set, resume_from)
     elif config.train.init_from:
         _check_init(config, Path(config.train.init_from))
-    _check_writable(folder)
     return Plan(folder, shape, train_set, val_set, resume_from, trainer, world // config.parallel.tensor)
 
 
+def _world() -> tuple[int, int, int]:
+    """(rank, local rank, world size); InputError if the launcher's variables make no sense or lack where to meet."""
+    try:
+        rank, local_rank, world = world_from_environment()
+    except ValueError as error:
+        raise InputError(f"launcher: RANK, LOCAL_RANK and WORLD_SIZE must be whole numbers ({error})") from None
+    if not 0 <= rank < world:
+        raise InputError(f"launcher: rank {rank} of {world} makes no sense; start the ranks with torchrun or srun")
+    lacking = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if world > 1 and lacking:
+        raise InputError(
+            f"launcher: {world} ranks but no {' and no '.join(lacking)}: torchrun sets them; with srun export the first "
+            "node's address and a free port"
+        )
+    return rank, local_rank, world
+
+
 def _check_values(config: Config) -> None:
+    train, optimizer, model = config.train, config.optimizer, config.model
+    positive, not_negative, never = "> 0", ">= 0", ">= 0 (0 = never)"
     rules = [
-        ("train.steps", config.train.steps, config.train.steps >= 1, ">= 1"),
-        ("train.stop_at", config.train.stop_at, config.train.stop_at >= 0, ">= 0 (0 = never)"),
-        ("train.grad_clip", config.train.grad_clip, config.train.grad_clip >= 0, ">= 0 (0 = off)"),
-        ("train.keep_checkpoints", config.train.keep_checkpoints, config.train.keep_checkpoints >= 1, ">= 1"),
+        ("run.name", config.run.name, re.fullmatch(r"\w[\w.-]*", config.run.name), "a plain folder name"),
+        ("run.dir", config.run.dir, config.run.dir != "", "a folder"),
+        ("model.rope_theta", model.rope_theta, model.rope_theta > 0, positive),
+        ("model.norm_eps", model.norm_eps, model.norm_eps > 0, positive),
+        ("model.init_std", model.init_std, model.init_std > 0, positive),
+        ("train.steps", train.steps, train.steps >= 1, ">= 1"),
+        ("train.stop_at", train.stop_at, train.stop_at >= 0, never),
+        ("train.grad_clip", train.grad_clip, train.grad_clip >= 0, ">= 0 (0 = off)"),
+        ("train.keep_checkpoints", train.keep_checkpoints, train.keep_checkpoints >= 1, ">= 1"),
+        ("train.checkpoint_every", train.checkpoint_every, train.checkpoint_every >= 0, ">= 0 (0 = only at the end)"),
+        ("train.validate_every", train.validate_every, train.validate_every >= 0, never),
+        ("train.sample_every", train.sample_every, train.sample_every >= 0, never),
+        ("train.log_every", train.log_every, train.log_every >= 0, never),
+        ("train.val_samples", train.val_samples, train.val_samples >= 0, ">= 0 (0 = all)"),
+        ("train.max_skipped", train.max_skipped, train.max_skipped >= 1, ">= 1"),
         ("data.sequence_length", config.data.sequence_length, config.data.sequence_length >= 1, ">= 1"),
         (
             "data.random_length_prob",
@@ -102,21 +134,26 @@ def _check_values(config: Config) -> None:
             "in [0, 1]",
         ),
         ("data.cfg_dropout", config.data.cfg_dropout, 0 <= config.data.cfg_dropout < 1, "in [0, 1)"),
-        ("data.workers", config.data.workers, config.data.workers >= 0, ">= 0"),
+        ("data.workers", config.data.workers, config.data.workers >= 0, not_negative),
         (
             "objective.eps",
             config.objective.eps,
             0 < config.objective.eps < 1,
             "in (0, 1): with eps 0 the weight 1/p has infinite variance",
         ),
-        ("optimizer.lr", config.optimizer.lr, config.optimizer.lr > 0, "> 0"),
+        ("optimizer.lr", optimizer.lr, optimizer.lr > 0, positive),
+        ("optimizer.min_lr", optimizer.min_lr, optimizer.min_lr >= 0, not_negative),
+        ("optimizer.betas", optimizer.betas, all(0 <= b < 1 for b in optimizer.betas), "two numbers in [0, 1)"),
+        ("optimizer.eps", optimizer.eps, optimizer.eps > 0, positive),
+        ("optimizer.weight_decay", optimizer.weight_decay, optimizer.weight_decay >= 0, not_negative),
+        ("optimizer.warmup_steps", optimizer.warmup_steps, optimizer.warmup_steps >= 0, not_negative),
+        ("optimizer.decay_steps", optimizer.decay_steps, optimizer.decay_steps >= 0, not_negative),
+        ("optimizer.stages", optimizer.stages, all(rate >= 0 for _, rate, _ in optimizer.stages), "rates >= 0"),
+        ("parallel.timeout_seconds", config.parallel.timeout_seconds, config.parallel.timeout_seconds >= 1, ">= 1"),
     ]
-    for key in ("checkpoint_every", "validate_every", "sample_every", "log_every", "val_samples"):
-        value = getattr(config.train, key)
-        rules.append((f"train.{key}", value, value >= 0, ">= 0 (0 = never)"))
     for key, value, fine, allowed in rules:
         if not fine:
-            raise InputError(f"config: {key} is {value}, it must be {allowed}")
+            raise InputError(f"config: {key} is {value!r}, it must be {allowed}")
     if config.data.cfg_dropout > 0 and config.data.cfg_condition is None:
         raise InputError(
             "config: data.cfg_dropout is set but there is no condition to drop: set data.cfg_condition=prefix"
@@ -145,21 +182,26 @@ def _check_apex(config: Config) -> None:
 
 
 def _look_up(values: dict[str, Any], key: str) -> Any:
+    """The value of a dotted key; None where an older config does not have it."""
+    found: Any = values
     for part in key.split("."):
-        values = values[part]
-    return values
+        found = found.get(part) if isinstance(found, dict) else None
+    return found
 
 
 def _check_same_run(config: Config, trainer: dict[str, Any], train_set: ShardSet, checkpoint: Path) -> None:
-    now, then = to_dict(config), trainer["config"]
-    changed = [key for key in FROZEN if _look_up(now, key) != _look_up(then, key)]
+    now, then = to_dict(config), trainer.get("config") or {}
+    changed = [
+        f"{key} (there {_look_up(then, key)}, now {_look_up(now, key)})"
+        for key in FROZEN
+        if _look_up(now, key) != _look_up(then, key)
+    ]
     if changed:
-        key = changed[0]
         raise InputError(
-            f"run folder {checkpoint.parent.parent} was started with another {', '.join(changed)} "
-            f"(there {_look_up(then, key)}, now {_look_up(now, key)}): resume with the same values, or choose another run.name"
+            f"run folder {checkpoint.parent.parent} was started with another {', '.join(changed)}: "
+            "resume with the same values, or choose another run.name"
         )
-    if trainer["data_fingerprint"] != fingerprint(train_set):
+    if trainer.get("data_fingerprint") != fingerprint(train_set):
         raise InputError(
             f"run folder {checkpoint.parent.parent} was started on other shards or another tokenizer than data.shards "
             f"({config.data.shards}): point data.shards to the same set, or choose another run.name"
@@ -171,7 +213,7 @@ def _check_init(config: Config, checkpoint: Path) -> None:
         raise InputError(
             f"train.init_from: {checkpoint} is no checkpoint (expected a folder like RUN/checkpoints/step-00000100)"
         )
-    then = read_trainer(checkpoint)["config"]["model"]
+    then = (read_trainer(checkpoint).get("config") or {}).get("model") or {}
     now = to_dict(config)["model"]
     sizes = (
         "num_layers",
@@ -183,37 +225,28 @@ def _check_init(config: Config, checkpoint: Path) -> None:
         "tie_embeddings",
     )
     for key in sizes:
-        if then[key] != now[key]:
+        if then.get(key) != now[key]:
             raise InputError(
-                f"train.init_from: {checkpoint} has model.{key} {then[key]}, this config {now[key]}: make them equal"
+                f"train.init_from: {checkpoint} has model.{key} {then.get(key)}, this config {now[key]}: make them equal"
             )
 
 
-def _check_writable(folder: Path) -> None:
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(
-            f"run.dir/run.name: {folder} cannot be written ({existing} is not a writable folder): choose another run.dir"
-        )
-
-
-def hold(folder: Path) -> IO[str]:
-    """Takes the run folder for this process until it ends, however it ends; InputError if another one has it.
-
-    Creates the folder. The lock is the kernel's (flock), so nothing stays behind after a kill.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "a+")
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Creates the run folder and keeps other processes out of it; InputError if one is in it or it cannot be written."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = take_lock(folder / ".lock")
+    except BlockingIOError:
         raise InputError(
             f"run folder {folder} is in use by another process: wait for it, or choose another run.name"
         ) from None
-    return file
+    except OSError as error:
+        raise InputError(f"run folder {folder} cannot be written ({error.strerror}): choose another run.dir") from None
+    try:
+        yield
+    finally:
+        os.close(lock)
 
 
 def fingerprint(shards: ShardSet) -> str:

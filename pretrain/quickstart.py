@@ -80,6 +80,6 @@ What to type next
   .venv/bin/mlflow server --backend-store-uri {uri} --port 5000      then open http://127.0.0.1:5000
   .venv/bin/python -m pretrain sample --run {run} --prompt "import os" --length 100
   .venv/bin/python -m pretrain sample --run {run} --prompt "for <|mask|> in range(<|mask|>):" --length 0
-  .venv/bin/python -m pretrain prepare YOUR_TEXTS/ --out runs/mine      (README: train on your own text)""",
+  .venv/bin/python -m pretrain prepare YOUR_TEXTS/ --out data_mine      (README: train on your own text)""",
         flush=True,
     )

@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from data.errors import InputError
+from data.tokenizer import TextTokenizer
 from pretrain.load_model import find_checkpoint, load_model, load_run_tokenizer
 from pretrain.sampler import SamplingOptions, generate, render_unmasking
 
@@ -59,8 +60,13 @@ def sample(options: SampleOptions) -> list[str]:
         )
     folder = find_checkpoint(options.run)
     model, config, trainer = load_model(folder)
+    device = next(model.parameters()).device
     tokenizer = load_run_tokenizer(folder, trainer)
     mask_id = tokenizer.special.mask
+    try:
+        options.prompt.encode()
+    except UnicodeEncodeError:
+        raise InputError("sample: the prompt is not valid text (it holds half of a surrogate pair)") from None
     prompt = tokenizer.encode_prompt(options.prompt).astype(np.int64) if options.prompt else np.zeros(0, np.int64)
     row = torch.from_numpy(np.concatenate([prompt, np.full(options.length, mask_id, np.int64)]))
     if not 0 < len(row) <= config.data.sequence_length:
@@ -76,7 +82,7 @@ def sample(options: SampleOptions) -> list[str]:
 
     @torch.no_grad()
     def logits(ids: torch.Tensor) -> torch.Tensor:
-        return model(ids, positions.expand(ids.shape))
+        return model(ids.to(device), positions.expand(ids.shape).to(device)).float().cpu()
 
     with _display(console, options.quiet) as live:
         previous: Optional[list[int]] = None
@@ -100,12 +106,18 @@ def sample(options: SampleOptions) -> list[str]:
         )
         if live:  # the last frame is the result itself, printed below
             live.update(Text(""))
-    texts = [tokenizer.decode(row) for row in filled.tolist()]
+    texts = [_text(tokenizer, row, len(prompt)) for row in filled.tolist()]
     for number, text in enumerate(texts, 1):
         if options.count > 1:
             console.print(f"--- {number} of {options.count}")
         console.print(text, markup=False, soft_wrap=True)
     return texts
+
+
+def _text(tokenizer: TextTokenizer, ids: list[int], prompt_length: int) -> str:
+    """The text up to the first end-of-text behind the prompt: what follows belongs to another document."""
+    ends = [at for at in range(prompt_length, len(ids)) if ids[at] == tokenizer.special.eos]
+    return tokenizer.decode(ids[: ends[0]] if ends else ids)
 
 
 class _display:

@@ -51,13 +51,15 @@ def log_samples(
             torch.from_numpy(~masked)[None],
             mask_id=mask_id,
             options=SamplingOptions(steps=STEPS),
+            eos_id=shards.special.eos,
+            forbidden_ids=range(tokenizer.vocab_size, engine.vocab_size),
         )[0].numpy()
         right = int((filled == tokens)[masked].sum())
         sections.append(
-            f"=== step {step}, block {g}\n--- original\n{tokenizer.decode(tokens)}\n"
+            f"=== step {step}, block {g}\n--- original\n{tokenizer.decode(tokens, show_special=True)}\n"
             f"--- masked: {int(masked.sum())} of {len(tokens)} tokens, rate {p:.3f}\n"
             f"{tokenizer.decode(noisy[0].numpy(), show_special=True)}\n"
-            f"--- generated: {right} of {int(masked.sum())} masked tokens restored\n{tokenizer.decode(filled)}\n"
+            f"--- generated: {right} of {int(masked.sum())} masked tokens restored\n{tokenizer.decode(filled, show_special=True)}\n"
         )
     text = "\n".join(sections)
     if engine.mesh.rank == 0:

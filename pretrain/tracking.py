@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
 
+from data.errors import InputError
 from pretrain.config import Config
 
 SPOOL = "metrics.jsonl"
@@ -58,14 +59,28 @@ class MetricLog:
 
 def read_metrics(run_folder: Path) -> Iterator[dict[str, Any]]:
     """The lines of metrics.jsonl; a last line cut off by a kill is left out."""
+    for line, _ in _lines_from(run_folder, 0):
+        yield line
+
+
+def _lines_from(run_folder: Path, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
+    """(line, offset behind it) of the spool from a byte offset on."""
     path = run_folder / SPOOL
     if not path.exists():
         return
-    with open(path) as file:
-        for line in file:
-            if not line.endswith("\n"):
+    with open(path, "rb") as file:
+        file.seek(offset)
+        for raw in file:
+            if not raw.endswith(b"\n"):
                 return
-            yield json.loads(line)
+            try:
+                line = json.loads(raw)
+            except ValueError:
+                raise InputError(
+                    f"{path}: the line at byte {offset} is not JSON; restore the file or cut it off there"
+                ) from None
+            offset += len(raw)
+            yield line, offset
 
 
 def truncate_metrics(run_folder: Path, last_step: int) -> None:
@@ -77,6 +92,9 @@ def truncate_metrics(run_folder: Path, last_step: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, run_folder / SPOOL)
+    if state := read_state(run_folder):
+        # Which lines were shipped is known by their steps; where to read on is only a short cut, and is gone now.
+        _write_state(run_folder, state | {"offset": 0, "resumed_at": last_step})
 
 
 def read_state(run_folder: Path) -> dict[str, Any]:
@@ -113,16 +131,27 @@ def ship(
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
+    from mlflow.entities import Metric, Param
 
     client = MlflowClient(tracking_uri=uri)
     state = read_state(run_folder)
     if "run_id" not in state:
-        state = {"run_id": run_id or _create_run(client, experiment, run_name, run_folder, config), "shipped": {}}
+        created = run_id or _create_run(client, experiment, run_name, run_folder)
+        state = {"run_id": created, "shipped": {}, "params": run_id is not None}  # a run of before has its params
         _write_state(run_folder, state)
+    if not state.get("params"):
+        params = [Param(key, value) for key, value in _flatten(config).items()]
+        client.log_batch(state["run_id"], params=params)
+        _write_state(run_folder, state | {"params": True})
+        state["params"] = True
+    size = (run_folder / SPOOL).stat().st_size if (run_folder / SPOOL).exists() else 0
+    if state.get("offset", 0) > size:  # a resume cut the spool: MLflow has points of steps that are taken again
+        state["offset"] = 0
+    if state.get("resumed_at") is not None:
+        _tag_roll_back(client, state)
     shipped: dict[str, int] = state["shipped"]
     pending: list[Any] = []
-    sent, reached = 0, dict(shipped)
+    sent, reached, position = 0, dict(shipped), state.get("offset", 0)
 
     def send() -> None:
         nonlocal sent
@@ -130,9 +159,11 @@ def ship(
         sent += len(pending)
         pending.clear()
         shipped.update(reached)
+        state["offset"] = position
         _write_state(run_folder, state)
 
-    for line in read_metrics(run_folder):
+    for line, behind in _lines_from(run_folder, position):
+        position = behind
         for name, value in line.items():
             kind = name.split("/")[0]
             if name in ("step", "time") or isinstance(value, str) or line["step"] <= shipped.get(kind, -1):
@@ -146,16 +177,18 @@ def ship(
     return sent
 
 
-def _create_run(client: Any, experiment: str, run_name: str, run_folder: Path, config: dict[str, Any]) -> str:
+def _tag_roll_back(client: Any, state: dict[str, Any]) -> None:
+    """MLflow cannot delete points: steps that were shipped and are taken again keep their first values, and are named."""
+    step, last = state.pop("resumed_at"), max(state["shipped"].values(), default=0)
+    if last > step:
+        client.set_tag(state["run_id"], f"rolled_back.{step}", f"steps {step + 1}..{last} were taken again")
+
+
+def _create_run(client: Any, experiment: str, run_name: str, run_folder: Path) -> str:
     found = client.get_experiment_by_name(experiment)
     artifacts = (run_folder.parent / "mlartifacts").absolute().as_uri()
     identity = found.experiment_id if found else client.create_experiment(experiment, artifact_location=artifacts)
-    run = client.create_run(identity, run_name=run_name)
-    from mlflow.entities import Param
-
-    params = [Param(key, value) for key, value in _flatten(config).items()]
-    client.log_batch(run.info.run_id, params=params)
-    return run.info.run_id
+    return client.create_run(identity, run_name=run_name).info.run_id
 
 
 class Shipper:

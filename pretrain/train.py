@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -14,12 +15,13 @@ import torch
 import torch.distributed as dist
 
 from data.batch import expand
+from data.errors import InputError
 from data.loader import Slice, StageOptions, training_batches
 from data.masking import MaskingOptions
 from data.stream import BlockStream
 from data.tokenizer import load_tokenizer
 from parallel import checkpoint
-from parallel.engine import AdamWOptions
+from parallel.engine import AdamWOptions, StepResult
 from parallel.engine_deepspeed import DeepSpeedEngine
 from parallel.mesh import Mesh, build_mesh, world_from_environment
 from pretrain.config import Config
@@ -41,16 +43,30 @@ def train(config: Config) -> int:
     Raises InputError, before any process group or GPU is taken, for every mistake that can be seen beforehand.
     """
     plan = preflight(config)
-    lock = hold(plan.folder) if world_from_environment()[0] == 0 else None
-    mesh = build_mesh(config.parallel.tensor, config.parallel.timeout_seconds)
-    run = _Run(config, plan, mesh)
-    try:
-        run.loop()
-    finally:
-        run.close()
-        if lock:
-            lock.close()
+    with hold(plan.folder) if world_from_environment()[0] == 0 else contextlib.nullcontext():
+        mesh = build_mesh(config.parallel.tensor, config.parallel.timeout_seconds)
+        _agree(config, plan, mesh)
+        run = _Run(config, plan, mesh)
+        try:
+            run.loop()
+        finally:
+            run.close()
     return 0
+
+
+def _agree(config: Config, plan: Plan, mesh: Mesh) -> None:
+    """InputError on every rank if the ranks do not see the same config, data and newest checkpoint."""
+    mine = (str(plan.resume_from and plan.resume_from.name), fingerprint(plan.train_set), str(to_dict(config)))
+    everyone: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(everyone, mine)
+    names = ("newest checkpoint", "data.shards", "config")
+    for rank, other in enumerate(everyone):
+        for name, here, there in zip(names, everyone[0], other):
+            if here != there:
+                raise InputError(
+                    f"ranks 0 and {rank} see another {name}: run.dir ({config.run.dir}) and the data must be the same "
+                    "folders on every node"
+                )
 
 
 def leave(code: int) -> NoReturn:
@@ -111,8 +127,13 @@ class _Run:
         config, engine, mesh = self.config, self.engine, self.mesh
         if self.plan.resume_from:
             self.display.say(f"resumed {self.folder} at step {self.step} from {self.plan.resume_from.name}")
+        if self.step >= self.stop:
+            self.display.say(
+                f"nothing to do: the run is at step {self.step} and ends at {self.stop}; raise train.steps or train.stop_at"
+            )
+        began = time.perf_counter()
         for compact in self._batches():
-            began = time.perf_counter()
+            waited = time.perf_counter() - began
             batches = [expand(c, self.special.mask, config.objective.weighting) for c in compact]
             eligible, masked = global_counts(batches, mesh)
             lr = learning_rate(self.step, config.train.steps, config.optimizer)
@@ -122,10 +143,11 @@ class _Run:
                 sums = torch.stack([token_sums(b, o.ce, o.correct) for b, o in zip(batches, result.outputs)]).sum(0)
                 metrics |= train_metrics(sum_over_ranks(sums, mesh), eligible)
                 metrics["train/grad_norm"] = result.grad_norm
-                self._count_step(result.applied)
+                self._count_step(result)
             else:  # nothing to learn from: no parameter moves, not even by weight decay or momentum
                 metrics |= {"train/loss": 0.0, "train/grad_norm": 0.0, "train/num_masked_tokens": 0.0}
             self.step += 1
+            metrics["perf/data_time"] = waited
             self._record(metrics, eligible, masked, time.perf_counter() - began)
             if self._due(config.train.validate_every):
                 self._validate()
@@ -140,6 +162,7 @@ class _Run:
                 )
             if self._due(config.train.checkpoint_every):
                 self._save()
+            began = time.perf_counter()
         if self.saved_at != self.step:
             self._save()
 
@@ -199,13 +222,18 @@ class _Run:
                 self.plan.trainer.get("mlflow_run_id"),
             )
 
-    def _count_step(self, applied: bool) -> None:
-        if applied:
+    def _count_step(self, result: StepResult) -> None:
+        if result.applied:
             self.applied += 1
             self.skipped_in_a_row = 0
             return
         self.skipped_in_a_row += 1
-        self.display.say(f"step {self.step + 1}: a gradient is not finite; the update was skipped")
+        finite = all(bool(torch.isfinite(output.loss)) for output in result.outputs)
+        everyone: list[Any] = [None] * self.mesh.world_size
+        dist.all_gather_object(everyone, finite)
+        at = [rank for rank, fine in enumerate(everyone) if not fine]
+        where = f"the loss of ranks {at} is not finite" if at else "a gradient is not finite although every loss is"
+        self.display.say(f"step {self.step + 1}: {where}; the update was skipped")
         if self.skipped_in_a_row >= self.config.train.max_skipped:
             raise RuntimeError(
                 f"{self.skipped_in_a_row} steps in a row had non-finite gradients (train.max_skipped): lower optimizer.lr, or "
@@ -220,6 +248,7 @@ class _Run:
         tokens = config.train.global_batch_size * config.data.sequence_length
         metrics |= {
             "train/applied_steps": self.applied,
+            "train/skipped_in_a_row": self.skipped_in_a_row,
             "train/tokens": self.step * tokens,
             "perf/step_time": seconds,
             "perf/tokens_per_second": tokens / seconds,

@@ -83,8 +83,10 @@ class Validation:
             )
         loss, tokens, loss2, cross, tokens2, blocks = sum_over_ranks(sums, engine.mesh).tolist()
         nelbo = loss / tokens
+        if blocks < 2:  # one block says nothing about how blocks differ
+            return {"val/nelbo": nelbo, "val/nelbo_se": math.nan, "val/ppl_bound": math.exp(min(nelbo, 700.0))}
         residual = max(loss2 - 2 * nelbo * cross + nelbo**2 * tokens2, 0.0)
-        error = math.sqrt(residual * blocks / max(blocks - 1, 1)) / tokens
+        error = math.sqrt(residual * blocks / (blocks - 1)) / tokens
         return {"val/nelbo": nelbo, "val/nelbo_se": error, "val/ppl_bound": math.exp(min(nelbo, 700.0))}
 
 

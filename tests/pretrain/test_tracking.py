@@ -74,6 +74,65 @@ def test_a_resume_ships_steps_that_are_taken_again_only_if_they_had_not_been_shi
     assert history(uri, run, "val/nelbo") == [(5, 1.25), (10, 2.5), (15, 3.75)]
 
 
+def test_steps_that_were_shipped_and_are_taken_again_are_named_by_a_tag(tmp_path):
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    run = tmp_path / "run"
+    run.mkdir()
+    points(run, range(1, 11))
+    ship(run, uri, "e", "r", {})
+    truncate_metrics(run, 10)  # a resume that takes nothing again
+    ship(run, uri, "e", "r", {})
+    truncate_metrics(run, 6)
+    ship(run, uri, "e", "r", {})
+    run_id = json.loads((run / "mlflow.json").read_text())["run_id"]
+    tags = {k: v for k, v in MlflowClient(uri).get_run(run_id).data.tags.items() if k.startswith("rolled_back")}
+    assert tags == {"rolled_back.6": "steps 7..10 were taken again"}
+
+
+def test_a_tracker_that_fails_half_way_through_the_start_of_a_run_gets_one_run_with_all_its_params(
+    tmp_path, monkeypatch
+):
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    run = tmp_path / "run"
+    run.mkdir()
+    points(run, range(1, 4))
+    sound = MlflowClient.log_batch
+    failures = iter([True, True, True, False])
+
+    def sometimes(self, *arguments, **options):
+        if next(failures, False):
+            raise ConnectionError("500")
+        return sound(self, *arguments, **options)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", sometimes)
+    for _ in range(3):
+        with pytest.raises(ConnectionError):
+            ship(run, uri, "e", "r", {"a": {"b": 1}})
+    assert ship(run, uri, "e", "r", {"a": {"b": 1}}) == 3
+    client = MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name("e").experiment_id])
+    assert len(runs) == 1 and runs[0].data.params == {"a.b": "1"}
+
+
+def test_what_was_shipped_is_not_read_again(tmp_path, monkeypatch):
+    """The cost of a round follows from what is new, not from how long the run is."""
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    run = tmp_path / "run"
+    run.mkdir()
+    points(run, range(1, 31))
+    ship(run, uri, "e", "r", {})
+    read = []
+    sound = tracking.json.loads
+    monkeypatch.setattr(tracking.json, "loads", lambda text, **k: read.append(text) or sound(text, **k))
+    points(run, range(31, 33))
+    assert ship(run, uri, "e", "r", {}) == 2
+    assert len([text for text in read if b"train/loss" in (text if isinstance(text, bytes) else text.encode())]) == 2
+
+
 def test_a_line_cut_off_by_a_kill_is_left_out_and_does_not_spoil_the_next_one(tmp_path):
     points(tmp_path, range(1, 4))
     with open(tmp_path / tracking.SPOOL, "a") as file:
