@@ -24,7 +24,7 @@ class TrainingDisplay:
         if active and self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(),
+                BarColumn(bar_width=16),
                 TextColumn("{task.description}"),
                 TimeElapsedColumn(),
                 TextColumn("left"),
@@ -38,15 +38,15 @@ class TrainingDisplay:
         """`step` optimizer steps are done."""
         if not self.active:
             return
-        text = (
-            f"loss {metrics['train/loss']:.4f}  grad norm {metrics['train/grad_norm']:.3f}  "
-            f"lr {metrics['train/lr']:.2e}  {metrics['perf/tokens_per_second']:,.0f} tokens/s"
-        )
+        loss, rate = metrics["train/loss"], metrics["perf/tokens_per_second"]
         if self._bar:
-            self._bar.update(self._task, completed=step, description=text)
+            self._bar.update(self._task, completed=step, description=f"loss {loss:.3f} {rate:,.0f} tok/s")
         elif step == self.stop or (self.log_every and step % self.log_every == 0):
             left = (time.monotonic() - self._begun) / max(step - self._start, 1) * (self.stop - step)
-            self.say(f"step {step}/{self.stop}  {text}  {left:.0f} s left")
+            self.say(
+                f"step {step}/{self.stop}  loss {loss:.4f}  grad norm {metrics['train/grad_norm']:.3f}  "
+                f"lr {metrics['train/lr']:.2e}  {rate:,.0f} tokens/s  {left:.0f} s left"
+            )
 
     def say(self, text: str) -> None:
         if self.active:

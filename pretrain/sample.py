@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import dataclass
 from typing import Literal, Optional
 
@@ -33,6 +34,7 @@ class SampleOptions:
         temperature: 0 takes the most likely token; above, tokens are drawn.
         cfg_scale: classifier-free guidance; 0 = off.
         seed: of the draws.
+        pause: seconds for which a terminal shows each step; 0 = as fast as the model goes.
         quiet: only the final text.
     """
 
@@ -46,6 +48,7 @@ class SampleOptions:
     temperature: float = 0.0
     cfg_scale: float = 0.0
     seed: int = 0
+    pause: float = 0.05
     quiet: bool = False
 
 
@@ -54,10 +57,9 @@ def sample(options: SampleOptions) -> list[str]:
     sampling = SamplingOptions(
         options.steps, options.block_length, options.remasking, options.temperature, options.cfg_scale, options.seed
     )
-    if options.count < 1 or options.length < 0:
-        raise InputError(
-            f"sample: count is {options.count} and length {options.length}: need count >= 1 and length >= 0"
-        )
+    for name, least in (("count", 1), ("length", 0), ("pause", 0)):
+        if getattr(options, name) < least:
+            raise InputError(f"sample: {name} is {getattr(options, name)}, it must be at least {least}")
     folder = find_checkpoint(options.run)
     model, config, trainer = load_model(folder)
     device = next(model.parameters()).device
@@ -91,7 +93,8 @@ def sample(options: SampleOptions) -> list[str]:
             nonlocal previous
             shown = current[0].tolist()
             if live:
-                live.update(render_unmasking(shown, previous, mask_id, tokenizer.decode))
+                live.update(render_unmasking(shown, previous, mask_id, tokenizer.decode), refresh=True)
+                time.sleep(options.pause)
             previous = shown
 
         filled = generate(

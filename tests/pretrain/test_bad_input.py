@@ -22,7 +22,7 @@ def broken(corpus, tmp_path) -> Path:
     return Path(shutil.copytree(corpus, tmp_path / "corpus"))
 
 
-def fails(capsys, command: list[str], *said: str) -> None:
+def check_fails(capsys, command: list[str], *said: str) -> None:
     """The command exits with 2 and says one line that contains every part of `said`; no process group is joined."""
     joined = dist.is_initialized()  # by another test of this process
     code = cli.execute(command)
@@ -87,22 +87,22 @@ CONFIG_MISTAKES = {
 @pytest.mark.parametrize("mistake", CONFIG_MISTAKES)
 def test_a_mistake_in_the_config(capsys, corpus, tmp_path, mistake):
     extra, said = CONFIG_MISTAKES[mistake]
-    fails(capsys, arguments(corpus, tmp_path / "runs", "r") + extra, *said)
+    check_fails(capsys, arguments(corpus, tmp_path / "runs", "r") + extra, *said)
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_mistake_in_the_yaml_file_names_its_key(capsys, tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text("train: {stepz: 3}\n")
-    fails(capsys, ["train", "--config", str(file)], "train.stepz")
-    fails(capsys, ["train", "--config", str(tmp_path / "none.yaml")], "none.yaml")
+    check_fails(capsys, ["train", "--config", str(file)], "train.stepz")
+    check_fails(capsys, ["train", "--config", str(tmp_path / "none.yaml")], "none.yaml")
     file.write_text("train: [1\n")
-    fails(capsys, ["train", "--config", str(file)], "config")
+    check_fails(capsys, ["train", "--config", str(file)], "config")
 
 
 def test_a_missing_shard(capsys, broken, tmp_path):
     (broken / "train" / "shard-000000.tar").unlink()
-    fails(capsys, arguments(broken, tmp_path / "runs", "r"), "data.shards", "shard-000000.tar", "missing")
+    check_fails(capsys, arguments(broken, tmp_path / "runs", "r"), "data.shards", "shard-000000.tar", "missing")
     assert not (tmp_path / "runs").exists()
 
 
@@ -115,19 +115,19 @@ def test_a_corrupt_tar(capsys, broken, tmp_path, damage):
     else:
         content[len(content) // 2] ^= 1
     tar.write_bytes(content)
-    fails(capsys, arguments(broken, tmp_path / "runs", "r"), "data.shards", "shard-000000.tar", "prepare")
+    check_fails(capsys, arguments(broken, tmp_path / "runs", "r"), "data.shards", "shard-000000.tar", "prepare")
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_tokenizer_that_does_not_match_the_manifest(capsys, broken, tmp_path):
     with open(broken / "train" / "tokenizer.json", "a") as file:
         file.write("\n")
-    fails(capsys, arguments(broken, tmp_path / "runs", "r"), "data.shards", "tokenizer.json", "prepare")
+    check_fails(capsys, arguments(broken, tmp_path / "runs", "r"), "data.shards", "tokenizer.json", "prepare")
 
 
 def test_a_vocabulary_larger_than_the_stored_type(capsys, broken, tmp_path):
     edit_manifest(broken / "train", vocab_size=70000)
-    fails(capsys, arguments(broken, tmp_path / "runs", "r"), "data.shards", "70000", "uint16")
+    check_fails(capsys, arguments(broken, tmp_path / "runs", "r"), "data.shards", "70000", "uint16")
 
 
 def test_validation_data_of_another_tokenizer(capsys, corpus, broken, tmp_path):
@@ -142,7 +142,7 @@ def test_validation_data_of_another_tokenizer(capsys, corpus, broken, tmp_path):
         progress=False,
     )
     command = arguments(corpus, tmp_path / "runs", "r", **{"data.val_shards": other / "val"})
-    fails(capsys, command, "data.val_shards", "tokenizer")
+    check_fails(capsys, command, "data.val_shards", "tokenizer")
 
 
 def test_the_exit_code_of_the_real_process_is_2_and_it_says_one_line(corpus, tmp_path):
@@ -183,13 +183,13 @@ def test_an_existing_run_is_not_continued_with_another_model_stream_or_objective
         config = to_dict(load_config([*command[1:], f"--{key}", value]))
         trainer = {"format": 1, "step": 4, "config": config, "data_fingerprint": "x"}
         (saved / "trainer.json").write_text(json.dumps(trainer))
-        fails(capsys, command, key, "there", "now", "run.name")
+        check_fails(capsys, command, key, "there", "now", "run.name")
     trainer["config"] = to_dict(load_config(command[1:]))
     (saved / "trainer.json").write_text(json.dumps(trainer))
-    fails(capsys, command, "other shards", "data.shards")
+    check_fails(capsys, command, "other shards", "data.shards")
     for nonsense in ([], {"format": 1}, {"format": 1, "config": {}}):
         (saved / "trainer.json").write_text(json.dumps(nonsense))
-        fails(capsys, command, "step-00000004" if nonsense == [] else "run.seed")
+        check_fails(capsys, command, "step-00000004" if nonsense == [] else "run.seed")
     assert sorted(p.name for p in (tmp_path / "r").rglob("*")) == ["checkpoints", "step-00000004", "trainer.json"]
 
 
@@ -197,7 +197,7 @@ def test_a_run_folder_that_another_process_trains_in(capsys, corpus, tmp_path):
     from pretrain.preflight import hold
 
     with hold(tmp_path / "r"):
-        fails(capsys, arguments(corpus, tmp_path, "r"), str(tmp_path / "r"), "in use")
+        check_fails(capsys, arguments(corpus, tmp_path, "r"), str(tmp_path / "r"), "in use")
     with hold(tmp_path / "r"):
         pass
 
@@ -214,7 +214,7 @@ def test_a_run_folder_that_another_process_trains_in(capsys, corpus, tmp_path):
     ],
 )
 def test_a_mistake_in_another_command(capsys, command, said):
-    fails(capsys, command, said)
+    check_fails(capsys, command, said)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_a_launcher_that_does_not_say_where_the_ranks_meet(monkeypatch, capsys, 
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    fails(capsys, arguments(corpus, tmp_path, "r"), "launcher", said)
+    check_fails(capsys, arguments(corpus, tmp_path, "r"), "launcher", said)
 
 
 def test_help_names_every_command(capsys):

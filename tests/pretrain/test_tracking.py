@@ -45,8 +45,8 @@ def test_a_dead_tracker_never_blocks_a_write_and_a_later_sync_ships_every_point_
     took = points(run, range(1, 41))
     began = time.monotonic()
     assert shipper.close() is not None, "a tracker that answers nothing must be reported"
-    assert time.monotonic() - began < 3
-    assert sorted(took)[-1] < 0.5 and sum(took) < 1.0
+    assert time.monotonic() - began < 10
+    assert sum(took) < 5.0, "one call that waited for the tracker would take its whole time-out of 5 s"
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     assert ship(run, uri, "e", "r", {"a": {"b": 1}}) == 40 + 8
     assert ship(run, uri, "e", "r", {}) == 0
