@@ -15,7 +15,9 @@ def plot(run: str, output: str = "") -> Path:
     train = [
         (m["step"], m["train/loss"], m["train/ce_loss"]) for m in lines if isinstance(m.get("train/ce_loss"), float)
     ]
-    val = [(m["step"], m["val/nelbo"], m["val/nelbo_se"]) for m in lines if isinstance(m.get("val/nelbo"), float)]
+    val = [
+        (m["step"], m["val/nelbo"], float(m["val/nelbo_se"])) for m in lines if isinstance(m.get("val/nelbo"), float)
+    ]
     if not train:
         raise InputError(
             f"plot: {folder / 'metrics.jsonl'} holds no training metrics; name a run folder that `train` made"
