@@ -29,13 +29,18 @@ def environment(**extra: str) -> dict[str, str]:
     return {**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **extra}
 
 
-def start(module: str, arguments: Sequence[str], world: int, cwd: Path = ROOT) -> list[subprocess.Popen]:
-    """`world` ranks of `python -m module arguments`, as a launcher would start them, each in one new process group."""
+def start(
+    module: str, arguments: Sequence[str], world: int, of_rank: Sequence[Sequence[str]] = ()
+) -> list[subprocess.Popen]:
+    """`world` ranks of `python -m module arguments`, as a launcher would start them, each in one new process group.
+
+    of_rank: further arguments of each rank alone.
+    """
     port = str(free_port())
     return [
         subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
-            cwd=cwd,
+            [sys.executable, "-m", module, *arguments, *(of_rank[r] if of_rank else ())],
+            cwd=ROOT,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -65,5 +70,5 @@ def wait(ranks: list[subprocess.Popen], timeout: float) -> list[str]:
     return said
 
 
-def run(module: str, arguments: Sequence[str], world: int, timeout: float = 180, cwd: Path = ROOT) -> list[str]:
-    return wait(start(module, arguments, world, cwd), timeout)
+def run(module: str, arguments: Sequence[str], world: int, timeout: float = 180) -> list[str]:
+    return wait(start(module, arguments, world), timeout)

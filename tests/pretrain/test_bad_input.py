@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from pretrain import cli
-from tests.distributed.launch import ROOT, environment
+from tests.distributed.launch import ROOT, environment, start
 from tests.pretrain.test_training_run import arguments
 
 
@@ -231,6 +231,37 @@ def test_a_launcher_that_does_not_say_where_the_ranks_meet(monkeypatch, capsys, 
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     check_fails(capsys, arguments(corpus, tmp_path, "r"), "launcher", said)
+
+
+def test_ranks_that_do_not_share_the_run_folder_all_stop_with_the_reason(corpus, tmp_path):
+    """One node resuming while another begins anew would train two models in one."""
+    folders = [["--run.dir", str(tmp_path / name)] for name in ("node0", "node1")]
+    ranks = start("pretrain", arguments(corpus, tmp_path, "r"), 2, of_rank=folders)
+    said = [process.communicate(timeout=120)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [2, 2], said
+    assert all("ranks 0 and 1 see another config" in text and "Traceback" not in text for text in said), said
+
+
+def test_data_that_turns_out_bad_in_the_middle_of_a_run_names_the_shard_and_ends_with_2(broken, tmp_path):
+    """Sizes and headers are right, so a start that does not read every byte lets it pass."""
+    tar = broken / "train" / "shard-000000.tar"
+    content = bytearray(tar.read_bytes())
+    start_of_payload, size = 4096, len(content) - 8192
+    content[start_of_payload : start_of_payload + size // 2] = b"\xff" * (size // 2)
+    tar.write_bytes(content)
+    command = [*arguments(broken, tmp_path / "runs", "r"), "--data.verify", "size", "--train.validate_every", "0"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pretrain", *command],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr
+    assert (
+        done.stderr.startswith("error: ") and "shard-000000.tar" in done.stderr and len(done.stderr.splitlines()) == 1
+    )
 
 
 def test_help_names_every_command(capsys):
