@@ -72,7 +72,7 @@ def preflight(config: Config) -> Plan:
         if shards and shards.vocab_size > config.model.vocab_size:
             raise InputError(
                 f"model.vocab_size {config.model.vocab_size} is smaller than the {shards.vocab_size} ids of {key} "
-                f"({config.data.shards}): set model.vocab_size to {shards.vocab_size} or more"
+                f"({shards.folder}): set model.vocab_size to {shards.vocab_size} or more"
             )
     if val_set and val_set.manifest.tokenizer_sha256 != train_set.manifest.tokenizer_sha256:
         raise InputError(

@@ -86,15 +86,16 @@ def _lines_from(run_folder: Path, offset: int) -> Iterator[tuple[dict[str, Any],
 def truncate_metrics(run_folder: Path, last_step: int) -> None:
     """Drops every line after `last_step`: those steps will be taken again."""
     kept = [line for line in read_metrics(run_folder) if line["step"] <= last_step]
+    if state := read_state(run_folder):
+        # Which lines were shipped is known by their steps; where to read on is only a short cut. It is dropped before the
+        # spool changes: a kill in between leaves a start from 0 on the old spool, never an offset into another one.
+        _write_state(run_folder, state | {"offset": 0, "resumed_at": last_step})
     temporary = run_folder / f".{SPOOL}.tmp"
     with open(temporary, "w") as file:
         file.writelines(json.dumps(line) + "\n" for line in kept)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, run_folder / SPOOL)
-    if state := read_state(run_folder):
-        # Which lines were shipped is known by their steps; where to read on is only a short cut, and is gone now.
-        _write_state(run_folder, state | {"offset": 0, "resumed_at": last_step})
 
 
 def read_state(run_folder: Path) -> dict[str, Any]:
@@ -144,11 +145,9 @@ def ship(
         client.log_batch(state["run_id"], params=params)
         _write_state(run_folder, state | {"params": True})
         state["params"] = True
-    size = (run_folder / SPOOL).stat().st_size if (run_folder / SPOOL).exists() else 0
-    if state.get("offset", 0) > size:  # a resume cut the spool: MLflow has points of steps that are taken again
-        state["offset"] = 0
     if state.get("resumed_at") is not None:
         _tag_roll_back(client, state)
+        _write_state(run_folder, state)
     shipped: dict[str, int] = state["shipped"]
     pending: list[Any] = []
     sent, reached, position = 0, dict(shipped), state.get("offset", 0)

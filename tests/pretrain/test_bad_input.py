@@ -143,6 +143,8 @@ def test_validation_data_of_another_tokenizer(capsys, corpus, broken, tmp_path):
     )
     command = arguments(corpus, tmp_path / "runs", "r", **{"data.val_shards": other / "val"})
     check_fails(capsys, command, "data.val_shards", "tokenizer")
+    command = arguments(corpus, tmp_path / "runs", "r", **{"data.shards": other / "train", "model.vocab_size": 400})
+    check_fails(capsys, command, "model.vocab_size 400", "512", "data.val_shards", str(corpus / "val"))
 
 
 def test_the_exit_code_of_the_real_process_is_2_and_it_says_one_line(corpus, tmp_path):

@@ -91,6 +91,35 @@ def test_steps_that_were_shipped_and_are_taken_again_are_named_by_a_tag(tmp_path
     assert tags == {"rolled_back.6": "steps 7..10 were taken again"}
 
 
+def test_a_kill_in_the_middle_of_a_roll_back_leaves_a_spool_that_is_shipped_right(tmp_path, monkeypatch):
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    run = tmp_path / "run"
+    run.mkdir()
+    points(run, range(1, 11))
+    ship(run, uri, "e", "r", {})
+    for survives in (0, 1):  # killed at the first replacement of a file, then at the second
+        sound, left = tracking.os.replace, [survives]
+
+        def die(*names, sound=sound, left=left):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            sound(*names)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tracking.os, "replace", die)
+            with pytest.raises(KeyboardInterrupt):
+                truncate_metrics(run, 6)
+        assert ship(run, uri, "e", "r", {}) == 0
+    truncate_metrics(run, 6)
+    log = MetricLog(run)
+    for step in range(7, 13):  # longer lines than before, so that an old offset would point into the middle of one
+        log.write(step, {"train/loss": step / 2, "train/of_the_second_try": 0.123456789})
+    log.close()
+    assert ship(run, uri, "e", "r", {}) == 2 * 2  # steps 11 and 12
+    assert history(uri, run, "train/loss") == [(s, s / 2) for s in range(1, 13)]
+
+
 def test_a_tracker_that_fails_half_way_through_the_start_of_a_run_gets_one_run_with_all_its_params(
     tmp_path, monkeypatch
 ):
