@@ -96,7 +96,7 @@ def _compare(work: Work, shape: ModelShape, mesh: Mesh, case: CorrectCase, cells
     model = build(shape, mesh, weights, getattr(torch, case.precision), work.device)
     if case.compiled:
         forget_compiled()
-        for block in model.blocks:
+        for block in model.blocks.values():
             block.compute = torch.compile(block._compute, backend=work.sizes.compiler)
     with attention_backend(case.backend):
         denominator = torch.tensor(normalizer, dtype=torch.float64, device=work.device)
@@ -116,12 +116,12 @@ def _change_seen(work: Work, model: DiffusionTransformer, backend: str, document
     batch = random_batch(2, work.sizes.small_tokens, model.shape.vocab_size, seed=3)
     batch = cut_in_two(batch) if documents else batch
     inputs = model_inputs(batch.tensors(), torch.device(work.device), torch.ones((), device=work.device))
-    inputs = {name: inputs[name] for name in ("noisy_ids", "position_ids", "document_ids")}
+    inputs = {name: inputs[name] for name in ("inputs", "position_ids", "document_ids")}
     with attention_backend(backend):
         before = model(**inputs)
-        ids = inputs["noisy_ids"].clone()
+        ids = inputs["inputs"].clone()
         ids[:, -1] = ids[:, -1] % (model.shape.vocab_size - 1) + 1
-        after = model(**inputs | {"noisy_ids": ids})
+        after = model(**inputs | {"inputs": ids})
     half = work.sizes.small_tokens // 2
     return float((after - before)[:, :half].float().abs().max())
 

@@ -14,7 +14,8 @@ from bench.gpu_correct import random_batch
 from bench.gpu_task import Work, compile_counts
 from bench.timing import PeakMemory, time_phases
 from parallel.engine import AdamWOptions, Microbatch, model_inputs
-from parallel.engine_deepspeed import DeepSpeedEngine
+from parallel.engines import build_engine
+from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from parallel.shape import ModelShape
 from pretrain.config import ModelConfig
@@ -31,16 +32,18 @@ class Trainer(Protocol):
 
 
 class EngineTrainer:
-    """The product's engine."""
+    """One of the product's engines."""
 
-    def __init__(self, model: DiffusionTransformer, shape: ModelShape, micro_batch: int):
-        self.engine = DeepSpeedEngine(
-            model,
-            shape,
+    def __init__(self, model: DiffusionTransformer, engine: str, micro_batch: int, sequence: int):
+        self.engine = build_engine(
+            [model],
+            model.shape,
             model.head.mesh,
+            Layout(engine),
             optimizer=ADAMW,
             micro_batch_size=micro_batch,
             accumulation=1,
+            sequence_length=sequence,
             grad_clip=CLIP,
             bf16=True,
         )
@@ -101,9 +104,11 @@ def build_trainer(work: Work, shape: ModelShape, engine: str, compiled: bool, mi
         if parameter.dim() > 1:
             nn.init.normal_(parameter, 0, shape.init_std)
     if compiled:
-        for block in model.blocks:
+        for block in model.blocks.values():
             block.compute = torch.compile(block._compute, backend=work.sizes.compiler)
-    return EngineTrainer(model, shape, micro_batch) if engine == "deepspeed" else PlainTrainer(model, work.device)
+    if engine == "plain":
+        return PlainTrainer(model, work.device)
+    return EngineTrainer(model, engine, micro_batch, work.sizes.step_sequence)
 
 
 def predicted_peak(peaks: dict[int, int], micro_batch: int) -> float:

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from parallel.attention import attention, rotate
 from parallel.loss import DiffusionLossOutput, check_vocab_shards, diffusion_loss
 from parallel.mesh import Mesh
+from parallel.recompute import recomputed
+from parallel.sequence import gather_sequence, join_sequence, scatter_sequence
 from parallel.shape import ModelShape
 
 
@@ -60,56 +62,92 @@ def _column(inputs: int, outputs: int, mesh: Mesh) -> ColumnParallelLinear:
     )
 
 
-def _row(inputs: int, outputs: int, mesh: Mesh) -> RowParallelLinear:
-    return RowParallelLinear(
+def _row(inputs: int, outputs: int, mesh: Mesh, sequence_parallel: bool) -> RowParallelLinear:
+    linear = RowParallelLinear(
         inputs,
         outputs,
         config=_layer_config(mesh),
         init_method=_unused_init,
         bias=False,
         input_is_parallel=True,
-        skip_bias_add=False,
+        skip_bias_add=sequence_parallel,
         tp_group=mesh.tp_group,
     )
+    if sequence_parallel:  # its own all-reduce off: the block scatters the ranks' parts instead
+        linear.explicit_expert_comm = True
+    return linear
 
 
-def rms_norm(shape: ModelShape) -> nn.Module:
-    """RMSNorm (Zhang & Sennrich, arXiv 1910.07467) in the implementation `norm_impl` names."""
-    if shape.norm_impl == "apex":
-        from parallel.apex_support import require_apex
+class RMSNorm(nn.Module):
+    """RMSNorm (Zhang & Sennrich, arXiv 1910.07467) over the hidden dimension.
 
-        require_apex("model.norm_impl")
-        from apex.normalization import FusedRMSNorm
+    Under sequence parallelism each tensor-parallel rank normalises its own tokens, so the gain's gradient is summed over the
+    ranks on its way back: whoever shards parameters underneath sees the whole gradient.
+    """
 
-        return FusedRMSNorm(shape.hidden_size, eps=shape.norm_eps)
-    return nn.RMSNorm(shape.hidden_size, eps=shape.norm_eps)
+    def __init__(self, shape: ModelShape, mesh: Mesh, sequence_parallel: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(shape.hidden_size))
+        self.eps = shape.norm_eps
+        self.group = mesh.tp_group if sequence_parallel else None
+        self.fused = _apex_rms_norm() if shape.norm_impl == "apex" else None
+
+    def forward(self, x_BLH: Tensor) -> Tensor:
+        weight = copy_to_tensor_model_parallel_region(self.weight, group=self.group) if self.group else self.weight
+        if self.fused:
+            return self.fused(x_BLH, weight, weight.shape, self.eps)
+        return F.rms_norm(x_BLH, weight.shape, weight, self.eps)
+
+
+def _apex_rms_norm():
+    from parallel.apex_support import require_apex
+
+    require_apex("model.norm_impl")
+    from apex.normalization.fused_layer_norm import fused_rms_norm_affine
+
+    return fused_rms_norm_affine
 
 
 class TransformerBlock(nn.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x)); [B, L, H] in and out, replicated over the tensor-parallel ranks."""
+    """x + attention(norm(x)), then x + ffn(norm(x)).
 
-    def __init__(self, shape: ModelShape, mesh: Mesh):
+    [B, L, H] in and out, replicated over the tensor-parallel ranks; under sequence parallelism [B, L/tp, H], each rank its share.
+    """
+
+    def __init__(self, shape: ModelShape, mesh: Mesh, *, sequence_parallel: bool = False, recompute: str = "none"):
         super().__init__()
         h, d = shape.hidden_size, shape.head_dim
         self.head_dim = d
-        self.mesh = mesh
-        self.attention_norm = rms_norm(shape)
+        self.tp_group = mesh.tp_group if mesh.tp > 1 else None
+        self.sequence_group = mesh.tp_group if sequence_parallel else None
+        self.attention_norm = RMSNorm(shape, mesh, sequence_parallel)
         self.q_proj = _column(h, shape.num_heads * d, mesh)
         self.k_proj = _column(h, shape.num_kv_heads * d, mesh)
         self.v_proj = _column(h, shape.num_kv_heads * d, mesh)
-        self.o_proj = _row(shape.num_heads * d, h, mesh)
-        self.ffn_norm = rms_norm(shape)
+        self.o_proj = _row(shape.num_heads * d, h, mesh, sequence_parallel)
+        self.ffn_norm = RMSNorm(shape, mesh, sequence_parallel)
         self.gate_proj = _column(h, shape.ffn_hidden_size, mesh)
         self.up_proj = _column(h, shape.ffn_hidden_size, mesh)
-        self.down_proj = _row(shape.ffn_hidden_size, h, mesh)
-        self.compute = self._compute  # train.compile replaces this by its compiled form; hooks stay outside
+        self.down_proj = _row(shape.ffn_hidden_size, h, mesh, sequence_parallel)
+        # What runs; parameter gathering hooks stay outside of it. `compile` replaces it by its compiled form.
+        self.compute = recomputed(self._compute, recompute)
+
+    def compile_compute(self) -> None:
+        """torch.compile of the block's arithmetic, recomputation included."""
+        self.compute = torch.compile(self.compute)
 
     def forward(self, x_BLH: Tensor, cos: Tensor, sin: Tensor, document_ids_BL: Optional[Tensor] = None) -> Tensor:
         return self.compute(x_BLH, cos, sin, document_ids_BL)
 
     def _enter(self, x: Tensor) -> Tensor:
-        """Identity forward; backward sums the gradient over the tensor-parallel ranks."""
-        return copy_to_tensor_model_parallel_region(x, group=self.mesh.tp_group) if self.mesh.tp > 1 else x
+        """Into the tensor-parallel region: [B, L, H] on every rank; backward sums the gradient over the ranks."""
+        if self.sequence_group:
+            return gather_sequence(x, self.sequence_group)
+        return copy_to_tensor_model_parallel_region(x, group=self.tp_group) if self.tp_group else x
+
+    def _leave(self, x: Tensor) -> Tensor:
+        """Out of it. Without sequence parallelism the row-parallel linear has already summed over the ranks."""
+        return scatter_sequence(x, self.sequence_group) if self.sequence_group else x
 
     def _heads(self, x_BLC: Tensor) -> Tensor:
         return x_BLC.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -118,9 +156,9 @@ class TransformerBlock(nn.Module):
         y = self._enter(self.attention_norm(x_BLH))
         q_BNLD, k_BKLD, v_BKLD = (self._heads(proj(y)[0]) for proj in (self.q_proj, self.k_proj, self.v_proj))
         a_BNLD = attention(rotate(q_BNLD, cos, sin), rotate(k_BKLD, cos, sin), v_BKLD, document_ids_BL)
-        x_BLH = x_BLH + self.o_proj(a_BNLD.transpose(1, 2).flatten(2))[0]
+        x_BLH = x_BLH + self._leave(self.o_proj(a_BNLD.transpose(1, 2).flatten(2))[0])
         y = self._enter(self.ffn_norm(x_BLH))
-        return x_BLH + self.down_proj(F.silu(self.gate_proj(y)[0]) * self.up_proj(y)[0])[0]
+        return x_BLH + self._leave(self.down_proj(F.silu(self.gate_proj(y)[0]) * self.up_proj(y)[0])[0])
 
 
 def vocab_embedding(shape: ModelShape, mesh: Mesh) -> VocabParallelEmbedding:
@@ -140,10 +178,11 @@ class DiffusionHead(nn.Module):
     Both happen inside this module's forward, so ZeRO-3 gathers the matrix here and nowhere else.
     """
 
-    def __init__(self, shape: ModelShape, mesh: Mesh):
+    def __init__(self, shape: ModelShape, mesh: Mesh, *, sequence_parallel: bool = False):
         super().__init__()
         self.vocab_size = shape.vocab_size
         self.mesh = mesh
+        self.sequence_group = mesh.tp_group if sequence_parallel else None
         self.weight = nn.Parameter(torch.empty(shape.padded_vocab(mesh.tp) // mesh.tp, shape.hidden_size))
         if mesh.tp > 1:
             check_vocab_shards(self.weight.shape[0], shape.vocab_size, mesh.tp_group, str(mesh.device))
@@ -157,6 +196,8 @@ class DiffusionHead(nn.Module):
         normalizer: Optional[Tensor] = None,
     ) -> DiffusionLossOutput | Tensor:
         """The loss (targets given; `ce` and `correct` come as [T] = [B L]) or the logits [B, L, vocab_size]."""
+        if self.sequence_group:
+            hidden_BLH = join_sequence(hidden_BLH, self.sequence_group)
         if targets_BL is not None:
             if masked_BL is None or weight_BL is None or normalizer is None:
                 raise ValueError("the loss needs targets, masked, weight and normalizer together")

@@ -74,27 +74,33 @@ def flat_range_boxes(start: int, stop: int, shape: Sequence[int]) -> list[tuple[
     return boxes
 
 
-def boxes_of_flat_partition(
-    shape: Sequence[int], local_shape: Sequence[int], tp_dim: int | None, tp_rank: int, partition: Tensor, dp_rank: int
+def boxes_of_flat_range(
+    shape: Sequence[int], local_shape: Sequence[int], tp_dim: int | None, tp_rank: int, values: Tensor, start: int
 ) -> Boxes:
-    """Boxes of one data-parallel rank's flat partition of a tensor-parallel share (ZeRO-3's layout).
+    """Boxes of a flat range of a tensor-parallel share, which begins at element `start` of the share.
 
-    shape: full and unpadded. local_shape: the tensor-parallel share, vocabulary padding included. partition: this rank's
-    1-D values; the last ranks' ones run past the end of the share. What lies in padding belongs to no box.
+    shape: full and unpadded. local_shape: the tensor-parallel share, vocabulary padding included. values: 1-D; they may run
+    past the end of the share. What lies in padding belongs to no box.
     """
     local = list(local_shape)
     base = [0] * len(shape)
     if tp_dim is not None:
         base[tp_dim] = tp_rank * local[tp_dim]
         local[tp_dim] = max(0, min(local[tp_dim], shape[tp_dim] - base[tp_dim]))  # rows of padding come last
-    start = dp_rank * partition.numel()
-    stop = min(start + partition.numel(), math.prod(local))
+    stop = min(start + values.numel(), math.prod(local))
     parts, at = [], 0
     for offset, size in flat_range_boxes(start, stop, local):
         count = math.prod(size)
-        parts.append((tuple(b + o for b, o in zip(base, offset)), partition.narrow(0, at, count).view(size)))
+        parts.append((tuple(b + o for b, o in zip(base, offset)), values.narrow(0, at, count).view(size)))
         at += count
-    return Boxes(shape, parts, partition.dtype)
+    return Boxes(shape, parts, values.dtype)
+
+
+def boxes_of_flat_partition(
+    shape: Sequence[int], local_shape: Sequence[int], tp_dim: int | None, tp_rank: int, partition: Tensor, dp_rank: int
+) -> Boxes:
+    """Boxes of one data-parallel rank's flat partition of a tensor-parallel share (ZeRO-3's layout): all of equal size."""
+    return boxes_of_flat_range(shape, local_shape, tp_dim, tp_rank, partition, dp_rank * partition.numel())
 
 
 class BoxSavePlanner(DefaultSavePlanner):

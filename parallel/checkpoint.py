@@ -1,81 +1,61 @@
 """Checkpoints: one logical format by full-tensor name, written atomically, read at any layout.
 
-    checkpoints/step-00000100/   .metadata, *.distcp (torch.distributed.checkpoint), trainer.json
-    checkpoints/latest           the name of the newest complete one
+    checkpoints/step-00000100/   .metadata, *.distcp (torch.distributed.checkpoint), trainer.json, files.json
+    checkpoints/latest           the name of the newest complete one, for people and scripts
 
 A checkpoint is written to a fresh temporary folder, fsynced and renamed, then `latest` moves; dying at any point leaves the
-newest complete one in place. Inside: float32 master weights and both Adam moments by logical name, and trainer.json with
-whatever the training loop needs to go on (step, samples consumed, config, MLflow run id, ...).
+newest complete one in place. Inside: float32 master weights and both Adam moments by logical name, trainer.json with
+whatever the training loop needs to go on (step, samples consumed, config, MLflow run id, ...), and files.json with the size
+and SHA-256 of every other file.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from parallel.boxes import Boxes, BoxLoadPlanner, BoxSavePlanner
+from parallel.agreement import agreed, distributed, first_cause, gone, reason
+from parallel.boxes import Boxes, BoxLoadPlanner
+from parallel.checkpoint_reader import (
+    FILES,
+    FORMAT,
+    METADATA,
+    TRAINER,
+    Reader,
+    check_boxes,
+    check_files,
+    read_metadata,
+    read_trainer,
+    sha256_of,
+)
+from parallel.checkpoint_writer import FileRecord, RankWriter, RoomPlanner
 from parallel.errors import CheckpointError
 
-FORMAT = 1
+__all__ = [
+    "CheckpointError",
+    "complete_checkpoints",
+    "latest",
+    "load",
+    "read_metadata",
+    "read_trainer",
+    "save",
+    "step_folder",
+]
+
 _NAME = re.compile(r"step-(\d{8})")
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Reads DCP's metadata, which is a pickle, without letting it name anything but DCP's own plain classes."""
-
-    _allowed = {
-        ("torch.distributed.checkpoint.metadata", name)
-        for name in (
-            "Metadata",
-            "TensorStorageMetadata",
-            "TensorProperties",
-            "ChunkStorageMetadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "_MEM_FORMAT_ENCODING",
-            "BytesStorageMetadata",
-        )
-    } | {
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-        ("torch", "Size"),
-        ("torch.serialization", "_get_layout"),
-        ("collections", "OrderedDict"),
-        ("pathlib", "PosixPath"),
-        ("pathlib._local", "PosixPath"),  # the writer's own path; never opened
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self._allowed or (
-            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        ):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
-
-
-class _Reader(FileSystemReader):
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        try:
-            with open(Path(self.path) / ".metadata", "rb") as file:
-                metadata = _MetadataUnpickler(file).load()
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError) as error:
-            raise CheckpointError(f"checkpoint {self.path}: its .metadata cannot be read ({error})") from None
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+# While a checkpoint is written; while it is deleted; while a new one of the same step takes its name.
+_WRITING, _REMOVING, _REPLACED = ".writing-", ".removing-", ".replaced-"
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -83,16 +63,132 @@ def step_folder(root: Path, step: int) -> Path:
 
 
 def complete_checkpoints(root: Path) -> list[Path]:
-    """All complete checkpoints, oldest first. A folder has its final name only when it is complete."""
+    """All complete checkpoints, oldest first. A folder has its final name only when it is complete.
+
+    A save that was killed while it replaced a checkpoint of the same step may have left that one under another name.
+    """
     if not root.is_dir():
         return []
-    return sorted(p for p in root.iterdir() if _NAME.fullmatch(p.name) and (p / "trainer.json").is_file())
+    found: dict[str, Path] = {}
+    for path in root.iterdir():
+        name = path.name.removeprefix(_REPLACED)
+        if _NAME.fullmatch(name) and (path / TRAINER).is_file():
+            found[name] = path if name == path.name else found.get(name, path)
+    return [found[name] for name in sorted(found)]
 
 
 def latest(root: Path) -> Optional[Path]:
     """The newest complete checkpoint, or None."""
     found = complete_checkpoints(root)
     return found[-1] if found else None
+
+
+def save(
+    root: Path,
+    step: int,
+    state: Mapping[str, Boxes],
+    trainer: Mapping[str, Any],
+    keep: int = 2,
+    group: Optional[dist.ProcessGroup] = None,
+) -> Path:
+    """Writes the checkpoint of `step` and returns its folder. Collective; on return it is complete on every rank.
+
+    state: logical name -> boxes this rank holds. trainer: JSON-able, the same on all ranks. `keep` newest complete
+    checkpoints stay; older ones are removed only after this one is complete. group: all ranks, for the talking (None = the
+    default group).
+    Raises the same error on all ranks: CheckpointError if there is no room or a rank cannot write (what was complete stays,
+    the next save works), RuntimeError if a rank is gone or the boxes do not tile their tensors.
+    """
+    final = step_folder(root, step)
+    temporary = root / f"{_WRITING}{final.name}"
+    rank = dist.get_rank() if distributed() else 0
+    agreed(lambda: _make_way(root, temporary) if rank == 0 else None, group)
+    try:
+        files = _write(temporary, rank, state, group)
+        agreed(lambda: _publish(root, final, temporary, files, step, trainer, keep) if rank == 0 else None, group)
+    except CheckpointError:
+        if rank == 0:  # no rank writes any more; a full disk needs the room
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def _make_way(root: Path, temporary: Path) -> None:
+    """Clears what a run that died while saving left behind, and creates the folder to write to."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for left in root.glob(f"{_REPLACED}*"):
+            name = root / left.name.removeprefix(_REPLACED)
+            if name.exists():
+                _remove(left)
+            else:
+                os.rename(left, name)
+        for pattern in (f"{_WRITING}*", f"{_REMOVING}*"):
+            for left in root.glob(pattern):
+                shutil.rmtree(left)
+        temporary.mkdir()
+    except OSError as error:
+        raise CheckpointError(f"checkpoint: {root} cannot be written: {reason(error)}") from error
+
+
+def _write(
+    temporary: Path, rank: int, state: Mapping[str, Boxes], group: Optional[dist.ProcessGroup]
+) -> dict[str, FileRecord]:
+    """Every rank writes its boxes; the files of all ranks, each complete on disk."""
+    writer = RankWriter(temporary, rank)
+    try:
+        dcp.save(
+            dict(state),
+            storage_writer=writer,
+            planner=RoomPlanner(temporary),
+            process_group=group,
+            no_dist=not distributed(),
+        )
+    except CheckpointException as error:
+        raise first_cause(error) from None
+    except RuntimeError as error:  # what a rank itself fails with comes as CheckpointException
+        raise gone(error) from error
+    return {name: record for files in agreed(lambda: writer.files, group) for name, record in files.items()}
+
+
+def _publish(
+    root: Path,
+    final: Path,
+    temporary: Path,
+    files: dict[str, FileRecord],
+    step: int,
+    trainer: Mapping[str, Any],
+    keep: int,
+) -> None:
+    """On rank 0, when every rank's file is on disk: the rest of the files, the final name, `latest`, retention."""
+    try:
+        for name, record in files.items():
+            path = temporary / name
+            if not path.is_file() or path.stat().st_size != record.bytes:
+                raise CheckpointError(
+                    f"checkpoint: {path} was written by another rank and rank 0 does not see it whole: run.dir must be a "
+                    "folder that all nodes share"
+                )
+        metadata = temporary / METADATA
+        files[METADATA] = FileRecord(metadata.stat().st_size, sha256_of(metadata))
+        text = json.dumps({"format": FORMAT, "step": step, **trainer}, indent=1)
+        files[TRAINER] = _write_text(temporary / TRAINER, text)
+        _write_text(temporary / FILES, json.dumps(dict(sorted(files.items())), indent=1))
+        _fsync(temporary)
+        pointer = root / ".latest.tmp"
+        _write_text(pointer, final.name + "\n")  # now, so that nothing needs room after the rename
+        replaced = root / f"{_REPLACED}{final.name}"
+        if final.exists():  # the same step again, after a roll-back
+            os.rename(final, replaced)
+        os.rename(temporary, final)
+        os.replace(pointer, root / "latest")
+        _fsync(root)
+        if replaced.exists():
+            _remove(replaced)
+        for old in complete_checkpoints(root)[:-keep]:
+            _remove(old)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint: {final} cannot be completed: {reason(error)}") from error
 
 
 def _fsync(path: Path) -> None:
@@ -103,101 +199,55 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
+def _write_text(path: Path, text: str) -> FileRecord:
+    content = text.encode()
+    with open(path, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _fsync(path.parent)
+    return FileRecord(len(content), hashlib.sha256(content).hexdigest())
 
 
 def _remove(folder: Path) -> None:
     """Takes the name away first, so that a folder with a checkpoint's name is never half removed."""
-    doomed = folder.with_name(f".removing-{folder.name}")
+    doomed = folder.with_name(f"{_REMOVING}{folder.name}")
     os.rename(folder, doomed)
     shutil.rmtree(doomed)
-
-
-def _distributed() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1
-
-
-def save(root: Path, step: int, state: Mapping[str, Boxes], trainer: Mapping[str, Any], keep: int = 2) -> Path:
-    """Writes the checkpoint of `step` and returns its folder. Collective; on return it is complete on every rank.
-
-    state: logical name -> boxes this rank holds. trainer: JSON-able, the same on all ranks. `keep` newest complete
-    checkpoints stay; older ones are removed only after this one is complete.
-    """
-    final = step_folder(root, step)
-    temporary = root / f".writing-{final.name}"
-    rank = dist.get_rank() if _distributed() else 0
-    if rank == 0:
-        root.mkdir(parents=True, exist_ok=True)
-        for pattern in (".writing-*", ".removing-*"):  # of a run that died while saving
-            for leftover in root.glob(pattern):
-                shutil.rmtree(leftover)
-        temporary.mkdir()
-    if _distributed():
-        dist.barrier()
-    dcp.save(
-        dict(state),
-        storage_writer=FileSystemWriter(str(temporary), sync_files=True),
-        planner=BoxSavePlanner(),
-        no_dist=not _distributed(),
-    )
-    if rank == 0:
-        _write_text(temporary / "trainer.json", json.dumps({"format": FORMAT, "step": step, **trainer}, indent=1))
-        _fsync(temporary)
-        if final.exists():  # the same step again, after a roll-back
-            _remove(final)
-        os.rename(temporary, final)
-        _fsync(root)
-        _write_text(root / "latest", final.name + "\n")
-        for old in complete_checkpoints(root)[:-keep]:
-            _remove(old)
-    if _distributed():
-        dist.barrier()
-    return final
-
-
-def read_trainer(checkpoint: Path) -> dict[str, Any]:
-    """The trainer.json of a checkpoint; CheckpointError if there is none or it is of another format."""
-    try:
-        trainer = json.loads((checkpoint / "trainer.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {checkpoint}: trainer.json cannot be read ({error})") from None
-    if not isinstance(trainer, dict):
-        raise CheckpointError(f"checkpoint {checkpoint}: trainer.json is not an object")
-    if trainer.get("format") != FORMAT:
-        raise CheckpointError(f"checkpoint {checkpoint}: format {trainer.get('format')}, this version reads {FORMAT}")
-    return trainer
 
 
 def load(checkpoint: Path, state: Mapping[str, Boxes]) -> None:
     """Fills the boxes of `state` in place. Collective when distributed.
 
-    Raises CheckpointError, before anything is written, if a tensor is missing, has another shape, or is not wholly there.
+    Raises CheckpointError on all ranks, before anything is written, if a file is missing or has another size than it was
+    written with, if the stored boxes do not tile their tensors, or if a tensor of `state` is not there in its shape.
     """
-    reader = _Reader(str(checkpoint))
-    stored = reader.read_metadata().state_dict_metadata
-    for name, boxes in state.items():
-        meta = stored.get(name)
-        if not isinstance(meta, TensorStorageMetadata):
-            raise CheckpointError(f"checkpoint {checkpoint}: no tensor {name}: it is of another architecture")
-        if tuple(meta.size) != tuple(boxes.shape):
-            raise CheckpointError(
-                f"checkpoint {checkpoint}: {name} is {tuple(meta.size)} there and {tuple(boxes.shape)} in this model"
-            )
-        if sum(chunk.sizes.numel() for chunk in meta.chunks) != meta.size.numel():
-            raise CheckpointError(f"checkpoint {checkpoint}: {name} is not wholly covered by the stored boxes")
+    reader = Reader(str(checkpoint))
+
+    def check() -> None:
+        read_trainer(checkpoint)
+        if not distributed() or dist.get_rank() == 0:  # of a thousand ranks one asks for the size of a thousand files
+            check_files(checkpoint)
+            check_boxes(checkpoint, reader.read_metadata())
+        _check_wanted(checkpoint, reader.read_metadata(), state)
+
+    agreed(check)
     try:
-        dcp.load(dict(state), storage_reader=reader, planner=BoxLoadPlanner(), no_dist=not _distributed())
-    except CheckpointException as error:  # a payload that is missing, cut short or not a tensor file
-        causes = [
-            f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}" for cause, _ in error.failures.values()
-        ]
+        dcp.load(dict(state), storage_reader=reader, planner=BoxLoadPlanner(), no_dist=not distributed())
+    except CheckpointException as error:  # a payload that is not a tensor file, or has gone since
         raise CheckpointError(
-            f"checkpoint {checkpoint}: its values cannot be read ({causes[0]}); resume from an older one"
+            f"checkpoint {checkpoint}: its values cannot be read ({first_cause(error)}); resume from an older one"
         ) from None
+    except RuntimeError as error:
+        raise gone(error) from error
+
+
+def _check_wanted(checkpoint: Path, metadata: Metadata, state: Mapping[str, Boxes]) -> None:
+    stored = metadata.state_dict_metadata
+    for name, boxes in state.items():
+        found = stored.get(name)
+        if not isinstance(found, TensorStorageMetadata):
+            raise CheckpointError(f"checkpoint {checkpoint}: no tensor {name}: it is of another architecture")
+        if tuple(found.size) != tuple(boxes.shape):
+            raise CheckpointError(
+                f"checkpoint {checkpoint}: {name} is {tuple(found.size)} there and {tuple(boxes.shape)} in this model"
+            )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,14 @@ Microbatch = dict[str, Tensor]
 
 # The tensors of a microbatch that the model's forward takes (the rest is for metrics).
 MODEL_INPUTS = ("noisy_ids", "position_ids", "document_ids", "target_ids", "masked", "weight")
+
+
+class LossOutput(NamedTuple):
+    """What the model gives when it knows the targets. Only `loss` carries a gradient."""
+
+    loss: Tensor  # scalar: sum(weight * ce) / normalizer of the microbatch
+    ce: Tensor  # [B, L]: cross-entropy in nats of counted tokens, else 0
+    correct: Tensor  # [B, L] bool
 
 
 @dataclass(frozen=True)
@@ -30,13 +38,13 @@ class AdamWOptions:
 
 @dataclass
 class StepResult:
-    """One optimizer step. outputs: the model's output of each microbatch (gradient-free), in order.
+    """One optimizer step. outputs: of each microbatch in order, gradient-free, the same on all pipeline ranks.
 
     grad_norm: global, before clipping, every parameter counted once. applied: False if the step was skipped because a
     gradient was not finite.
     """
 
-    outputs: list[Any]
+    outputs: list[LossOutput]
     grad_norm: float
     applied: bool
 
@@ -45,8 +53,12 @@ class Engine(Protocol):
     """A sharded model with its optimizer. Every method is collective: all ranks call it alike, in the same order."""
 
     mesh: Mesh
-    module: nn.Module
     vocab_size: int
+
+    @property
+    def chunks(self) -> Sequence[nn.Module]:
+        """The chunks of the model that this rank holds."""
+        ...
 
     def train_step(self, microbatches: Sequence[Microbatch], normalizer: float, lr: float) -> StepResult:
         """Forward and backward of every microbatch, one clipped optimizer step.
@@ -68,13 +80,28 @@ class Engine(Protocol):
         """Called after values were written into `state()`, e.g. by a checkpoint load taken after `optimizer_steps`."""
         ...
 
+    def close(self) -> None:
+        """Lets go of what the engine holds outside of itself, so that another may be built in this process."""
+        ...
+
 
 def model_inputs(microbatch: Microbatch, device: torch.device, normalizer: Tensor) -> dict[str, Tensor | None]:
     """The model's keyword arguments. document_ids is dropped when no attention mask is needed."""
     inputs: dict[str, Tensor | None] = {k: microbatch[k].to(device) for k in MODEL_INPUTS if k in microbatch}
+    inputs["inputs"] = inputs.pop("noisy_ids")
     if "target_ids" in inputs:
         inputs["normalizer"] = normalizer
     documents = microbatch.get("document_ids")
     if documents is not None and bool((documents == documents[:, :1]).all()):
         inputs["document_ids"] = None
     return inputs
+
+
+def joined_inputs(microbatches: Sequence[Microbatch], device: torch.device) -> Microbatch:
+    """The inputs of all microbatches end to end, without document_ids where no microbatch needs a mask, without normalizer."""
+    joined = {k: torch.cat([m[k] for m in microbatches]) for k in MODEL_INPUTS if k in microbatches[0]}
+    documents = joined.get("document_ids")
+    if documents is not None and bool((documents == documents[:, :1]).all()):
+        del joined["document_ids"]
+    joined["inputs"] = joined.pop("noisy_ids")
+    return {k: tensor.to(device) for k, tensor in joined.items()}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from parallel.boxes import Boxes
 from parallel.mesh import Mesh
 from parallel.shape import ModelShape, ParameterSpec, parameter_table
 
@@ -44,3 +46,24 @@ def initialise(module: nn.Module, shape: ModelShape, mesh: Mesh, seed: int) -> N
     padded = shape.padded_vocab(mesh.tp)
     for name, parameter in module.named_parameters():
         parameter.copy_(local_share(name, table[name], seed, mesh.tp, mesh.tp_rank, padded))
+
+
+@torch.no_grad()
+def clear_padding(module: nn.Module, shape: ModelShape, mesh: Mesh) -> None:
+    """Zeroes the rows of this rank behind the real vocabulary: the only values that no box of an engine's state covers."""
+    table = parameter_table(shape)
+    for name, parameter in module.named_parameters():
+        if table[name].padded:
+            parameter[max(0, shape.vocab_size - mesh.tp_rank * parameter.shape[0]) :].zero_()
+
+
+@torch.no_grad()
+def initialise_boxes(state: Mapping[str, Boxes], shape: ModelShape, seed: int) -> None:
+    """Fills the `weight/` boxes of an engine's state: each rank draws only the rows that it holds, in float32."""
+    for name, spec in parameter_table(shape).items():
+        boxes = state.get(f"weight/{name}")
+        for offset, view in boxes.parts if boxes else ():
+            drawn = rows(name, spec, seed, offset[0], offset[0] + view.shape[0])
+            if view.dim() > 1:
+                drawn = drawn[:, offset[1] : offset[1] + view.shape[1]]
+            view.copy_(drawn)

@@ -1,37 +1,66 @@
-"""The process mesh (dp, tp): built once; everything else asks it. Tensor-parallel ranks are neighbours."""
+"""The process mesh (pp, dp, tp): built once; everything else asks it. Tensor-parallel ranks are neighbours.
+
+global rank = (pp_rank * dp + dp_rank) * tp + tp_rank
+"""
 
 from __future__ import annotations
 
 import math
 import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Optional
+from typing import NoReturn, Optional
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch.distributed.rendezvous import rendezvous
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Coordinates and groups of this process. Global rank = dp_rank * tp + tp_rank."""
+    """Coordinates and groups of this process.
 
+    The data-parallel ranks are cut into groups of `shard` neighbours that share one set of parameter shards; ranks at the
+    same place of different groups hold replicas of the same shard. shard == dp is plain ZeRO.
+    """
+
+    pp: int
     dp: int
     tp: int
+    shard: int
+    pp_rank: int
     dp_rank: int
     tp_rank: int
     device: torch.device
-    dp_group: Optional[dist.ProcessGroup]
-    tp_group: Optional[dist.ProcessGroup]
+    pp_group: Optional[dist.ProcessGroup] = None
+    dp_group: Optional[dist.ProcessGroup] = None
+    tp_group: Optional[dist.ProcessGroup] = None
+    model_group: Optional[dist.ProcessGroup] = None  # pp x tp: the ranks that hold one copy of the whole model
+    shard_group: Optional[dist.ProcessGroup] = None
+    replica_group: Optional[dist.ProcessGroup] = None
+    store: Optional[dist.Store] = None  # where the ranks met; None in a world of one
 
     @property
     def rank(self) -> int:
-        return self.dp_rank * self.tp + self.tp_rank
+        return (self.pp_rank * self.dp + self.dp_rank) * self.tp + self.tp_rank
 
     @property
     def world_size(self) -> int:
-        return self.dp * self.tp
+        return self.pp * self.dp * self.tp
+
+    @property
+    def shard_rank(self) -> int:
+        return self.dp_rank % self.shard
+
+    @property
+    def replicas(self) -> int:
+        return self.dp // self.shard
+
+    def peer(self, pp_rank: int) -> int:
+        """Global rank of this rank's counterpart in another pipeline stage."""
+        return (pp_rank * self.dp + self.dp_rank) * self.tp + self.tp_rank
 
 
 def world_from_environment(environ: Optional[dict[str, str]] = None) -> tuple[int, int, int]:
@@ -44,12 +73,13 @@ def world_from_environment(environ: Optional[dict[str, str]] = None) -> tuple[in
     return 0, 0, 1
 
 
-def build_mesh(tensor: int = 1, timeout_seconds: int = 600) -> Mesh:
-    """Joins the process group (gloo on CPU, nccl on GPUs) and lays the mesh over it.
+def build_mesh(tensor: int = 1, pipeline: int = 1, shard: int = 0, timeout_seconds: int = 600) -> Mesh:
+    """Joins the process group (gloo on CPU, nccl on GPUs) and lays the mesh over it. Collective over all ranks.
 
-    A collective that waits longer than `timeout_seconds` (in the mesh's own groups: the next full minute) ends with an
-    error. The world size must be a multiple of `tensor` (parallel.legality says so earlier and nicer). A second call gives
-    the same mesh.
+    `shard` data-parallel ranks share one set of shards (0 = all). A collective that waits longer than `timeout_seconds`
+    (in tensor-, pipeline- and data-parallel groups: the next full minute) ends with an error. The sizes must divide each
+    other (parallel.legality says so earlier and nicer). A second call with the same sizes gives the same groups; another
+    layout needs `close_mesh` first.
     """
     rank, local_rank, world = world_from_environment()
     timeout = timedelta(seconds=timeout_seconds)
@@ -64,24 +94,78 @@ def build_mesh(tensor: int = 1, timeout_seconds: int = 600) -> Mesh:
         if world == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
-            dist.init_process_group(backend, rank=rank, world_size=world, timeout=timeout)
+            global _store
+            _store, *_ = next(rendezvous("env://", timeout=timeout))
+            groups = dist.PrefixStore("groups", _store)
+            dist.init_process_group(backend, store=groups, rank=rank, world_size=world, timeout=timeout)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tensor, distributed_timeout_minutes=math.ceil(timeout_seconds / 60)
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            distributed_timeout_minutes=math.ceil(timeout_seconds / 60),
         )
-    elif parallel_state.get_tensor_model_parallel_world_size() != tensor:
-        raise ValueError("this process already has a mesh with another number of tensor-parallel ranks")
+    elif (tensor, pipeline) != (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    ):
+        raise ValueError("this process already has a mesh of another layout")
+    dp = world // tensor // pipeline
+    shard = shard or dp
+    shard_group = replica_group = parallel_state.get_data_parallel_group()
+    if shard != dp:
+        shard_group, replica_group = _split_data_parallel(world, pipeline, dp, tensor, shard, timeout)
     return Mesh(
-        dp=world // tensor,
+        pp=pipeline,
+        dp=dp,
         tp=tensor,
-        dp_rank=rank // tensor,
+        shard=shard,
+        pp_rank=rank // (dp * tensor),
+        dp_rank=rank // tensor % dp,
         tp_rank=rank % tensor,
         device=device,
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
+        model_group=parallel_state.get_model_parallel_group(),
+        shard_group=shard_group,
+        replica_group=replica_group if shard != dp else None,
+        store=_store,
     )
+
+
+_store: Optional[dist.Store] = None
+_splits: dict[tuple[int, ...], tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
+
+
+def _split_data_parallel(
+    world: int, pp: int, dp: int, tp: int, shard: int, timeout: timedelta
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """(shard group, replica group) of this rank."""
+    key = (pp, dp, tp, shard)
+    if key not in _splits:
+        ranks = torch.arange(world).view(pp, dp // shard, shard, tp)
+        shards = [ranks[p, d, :, t].tolist() for p in range(pp) for d in range(dp // shard) for t in range(tp)]
+        replicas = [ranks[p, :, s, t].tolist() for p in range(pp) for s in range(shard) for t in range(tp)]
+        made = [dist.new_subgroups_by_enumeration(lists, timeout=timeout)[0] for lists in (shards, replicas)]
+        _splits[key] = (made[0], made[1])
+    return _splits[key]
+
+
+def close_mesh() -> None:
+    """Forgets the layout, so that `build_mesh` may lay another one over the same process group. Collective."""
+    _splits.clear()
+    parallel_state.destroy_model_parallel()
+
+
+def leave(code: int) -> NoReturn:
+    """Ends a distributed process: gloo aborts in the interpreter's own shutdown while a group is alive."""
+    if dist.is_initialized() and code == 0:
+        dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def single_process_mesh() -> Mesh:
     """A mesh without any process group: enough to build a model (on the meta device, say), not to run it."""
-    return Mesh(1, 1, 0, 0, torch.device("cpu"), None, None)
+    return Mesh(pp=1, dp=1, tp=1, shard=1, pp_rank=0, dp_rank=0, tp_rank=0, device=torch.device("cpu"))

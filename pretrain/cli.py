@@ -22,6 +22,8 @@ usage: python -m pretrain COMMAND [options]        (COMMAND --help shows the opt
               folder it goes on where it stopped      (several ranks: torchrun --nproc-per-node 2 -m pretrain train ...)
   sample      text from a checkpoint, shown live      sample --run runs/quickstart --prompt "def main("
   plot        loss curves of a run as a PNG           plot --run runs/quickstart
+  checkpoint  what a checkpoint holds, and whether    checkpoint inspect runs/quickstart [--norms] [--json FILE]
+              every byte of it is as it was written   checkpoint verify runs/quickstart
   track sync  ship metrics MLflow does not have yet   track sync --run runs/quickstart
   doctor      what this machine has and lacks         doctor
   quickstart  prepare, train, sample, plot on real    quickstart
@@ -114,6 +116,27 @@ def _track(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _checkpoint(arguments: Sequence[str]) -> int:
+    what = arguments[0] if arguments else ""
+    descriptions = {
+        "inspect": "checkpoint inspect: what a checkpoint holds: step, samples, who wrote it, every tensor",
+        "verify": "checkpoint verify: reads every byte of a checkpoint, or of all of a run; exit code 2 if one is bad",
+    }
+    if what not in descriptions:
+        raise InputError("checkpoint: say `checkpoint inspect PATH` or `checkpoint verify PATH`")
+    parser = _parser(descriptions[what])
+    parser.add_argument("path", help="a run folder, or one checkpoint: RUN/checkpoints/step-NNNNNNNN")
+    parser.add_argument("--json", help="also write the findings to this file")
+    if what == "inspect":
+        parser.add_argument("--norms", type=bool, default=False, help="also print each tensor's norm; reads all values")
+    values = _parse(parser, f"checkpoint {what}", _flag(arguments[1:], "--norms"))
+    from pretrain import checkpoint_command
+
+    if what == "inspect":
+        return checkpoint_command.inspect(values.path, values.json, values.norms)
+    return checkpoint_command.verify(values.path, values.json)
+
+
 def _doctor(arguments: Sequence[str]) -> int:
     parser = _parser("doctor: what this machine has and lacks")
     parser.add_argument("--json", help="also write the findings to this file")
@@ -158,6 +181,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "sample": _sample,
     "plot": _plot,
+    "checkpoint": _checkpoint,
     "track": _track,
     "doctor": _doctor,
     "quickstart": _quickstart,
@@ -216,7 +240,7 @@ def _in_process_group() -> bool:
 def _leave(code: int) -> None:
     """A process that holds a process group must not run the interpreter's own shutdown: gloo aborts in it."""
     if _in_process_group():
-        from pretrain.train import leave
+        from parallel.mesh import leave
 
         leave(code)
     sys.exit(code)

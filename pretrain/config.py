@@ -118,6 +118,7 @@ class TrainConfig:
         precision: `fp32`, or `bf16` with fp32 master weights and fp32 gradient accumulation.
         grad_clip: largest global gradient norm (0 = no clipping).
         checkpoint_every: steps between checkpoints (0 = only at the end).
+        async_checkpoint: write checkpoints behind training, from one host copy of each rank's shard.
         keep_checkpoints: newest complete checkpoints kept.
         validate_every: steps between validations (0 = never).
         val_samples: most validation blocks used, from the start of the set (0 = all).
@@ -135,6 +136,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     grad_clip: float = 1.0
     checkpoint_every: int = 500
+    async_checkpoint: bool = False
     keep_checkpoints: int = 2
     validate_every: int = 200
     val_samples: int = 256
@@ -177,17 +179,28 @@ class ParallelConfig:
     """How the model is spread; the data-parallel size is what the world leaves.
 
     Args:
-        engine: `deepspeed` (ZeRO).
-        zero_stage: 3: parameters, gradients and optimizer states are sharded over the data-parallel ranks.
+        engine: `deepspeed` (ZeRO 0 to 3), or `fsdp2` (torch-native ZeRO-3, every schedule).
+        zero_stage: what is sharded over data-parallel ranks: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters too.
+        shard_group: data-parallel ranks that share one set of shards, replicated over such groups (0 = all ranks).
         tensor: tensor-parallel ranks (neighbouring ranks; keep them inside one node).
-        activation_checkpointing: `full` recomputes each block in the backward pass, `none` keeps everything.
+        pipeline: pipeline stages, each a run of consecutive layers on its own ranks.
+        layers_per_stage: layers of each stage in order (two stages a rank if interleaved or zbv); empty = even.
+        schedule: order of microbatches in the pipeline; `interleaved_zb` and `zbv` (zero-bubble) need engine fsdp2.
+        sequence_parallel: keep a share of the tokens on each tensor-parallel rank between tensor-parallel regions.
+        activation_checkpointing: `full` recomputes each block in the backward pass, `selective` all of it but attention,
+            `none` keeps everything.
         timeout_seconds: longest wait of any collective.
     """
 
-    engine: Literal["deepspeed"] = "deepspeed"
-    zero_stage: Literal[3] = 3
+    engine: Literal["deepspeed", "fsdp2"] = "deepspeed"
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    shard_group: int = 0
     tensor: int = 1
-    activation_checkpointing: Literal["none", "full"] = "none"
+    pipeline: int = 1
+    layers_per_stage: list[int] = field(default_factory=list)
+    schedule: Literal["gpipe", "1f1b", "interleaved", "interleaved_zb", "zbv"] = "1f1b"
+    sequence_parallel: bool = False
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
     timeout_seconds: int = 600
 
 

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -20,7 +21,7 @@ from parallel.shape import ModelShape
 from pretrain.config import Config, ModelConfig, ObjectiveConfig
 from pretrain.load_config import to_dict
 from pretrain.lr_schedule import check_schedule
-from pretrain.model import model_shape
+from pretrain.model import model_shape, parallel_layout
 
 # What the stream and the parameters follow from: changing one of these in an existing run would make it another run.
 FROZEN = (
@@ -55,10 +56,18 @@ def preflight(config: Config) -> Plan:
     shape = model_shape(config.model)
     _check_values(config)
     problem = check_layout(
-        shape, world, config.parallel.tensor, config.train.global_batch_size, config.train.micro_batch_size
+        shape,
+        world,
+        parallel_layout(config.parallel),
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        sequence_length=config.data.sequence_length,
+        bf16=config.train.precision == "bf16",
+        compile=config.train.compile,
     )
     if problem:
         raise InputError(f"layout: {problem.reason}; nearest that works: {problem.alternative}")
+    _check_deepspeed(config)
     check_schedule(config)
     # One process per host reads every byte; the others look at sizes and headers.
     verify = config.data.verify if local_rank == 0 else "size"
@@ -87,7 +96,15 @@ def preflight(config: Config) -> Plan:
         _check_same_run(config, trainer, train_set, resume_from)
     elif config.train.init_from:
         _check_init(config, Path(config.train.init_from))
-    return Plan(folder, shape, train_set, val_set, resume_from, trainer, world // config.parallel.tensor)
+    return Plan(
+        folder,
+        shape,
+        train_set,
+        val_set,
+        resume_from,
+        trainer,
+        world // config.parallel.tensor // config.parallel.pipeline,
+    )
 
 
 def _world() -> tuple[int, int, int]:
@@ -167,6 +184,18 @@ def _open(key: str, folder: str, verify: Literal["auto", "full", "size"]) -> Sha
         return ShardSet.open(folder, verify)
     except InputError as error:
         raise InputError(f"{key}: {error}") from None
+
+
+def _check_deepspeed(config: Config) -> None:
+    """Pipelines and shard groups on DeepSpeed touch its private state, so only the release that is known will do."""
+    from parallel.deepspeed_fixes import require_version
+
+    parallel = config.parallel
+    if parallel.engine == "deepspeed" and (parallel.pipeline > 1 or parallel.shard_group):
+        try:
+            require_version(version("deepspeed"))
+        except ValueError as error:
+            raise InputError(str(error)) from None
 
 
 def _check_apex(config: Config) -> None:

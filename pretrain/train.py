@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn, Optional
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
@@ -21,18 +19,21 @@ from data.masking import MaskingOptions
 from data.stream import BlockStream
 from data.tokenizer import load_tokenizer
 from parallel import checkpoint
-from parallel.engine import AdamWOptions, StepResult
-from parallel.engine_deepspeed import DeepSpeedEngine
+from parallel.engine import AdamWOptions, Engine, StepResult
+from parallel.engines import build_engine
+from parallel.initialise import initialise_boxes
 from parallel.mesh import Mesh, build_mesh, world_from_environment
 from pretrain.config import Config
 from pretrain.console import TrainingDisplay
+from pretrain.first_failure import failing_together
 from pretrain.flops import flops_per_token, peak_flops
 from pretrain.load_config import save_config, to_dict
 from pretrain.lr_schedule import learning_rate
 from pretrain.metrics import global_counts, sum_over_ranks, token_sums, train_metrics
-from pretrain.model import build_model
+from pretrain.model import build_chunks, parallel_layout
 from pretrain.preflight import Plan, fingerprint, hold, preflight
 from pretrain.sample_log import log_samples
+from pretrain.saving import Saving
 from pretrain.tracking import MetricLog, Shipper, read_state, tracking_uri, truncate_metrics
 from pretrain.validation import Validation
 
@@ -44,13 +45,16 @@ def train(config: Config) -> int:
     """
     plan = preflight(config)
     with hold(plan.folder) if world_from_environment()[0] == 0 else contextlib.nullcontext():
-        mesh = build_mesh(config.parallel.tensor, config.parallel.timeout_seconds)
-        _agree(config, plan, mesh)
-        run = _Run(config, plan, mesh)
-        try:
-            run.loop()
-        finally:
-            run.close()
+        parallel = config.parallel
+        mesh = build_mesh(parallel.tensor, parallel.pipeline, parallel.shard_group, parallel.timeout_seconds)
+        with failing_together(mesh):
+            _agree(config, plan, mesh)
+            run = _Run(config, plan, mesh)
+            try:
+                run.loop()
+                run.saving.close()
+            finally:
+                run.close()
     return 0
 
 
@@ -69,28 +73,23 @@ def _agree(config: Config, plan: Plan, mesh: Mesh) -> None:
                 )
 
 
-def leave(code: int) -> NoReturn:
-    """Ends a distributed process: gloo aborts in the interpreter's own shutdown while a group is alive."""
-    if dist.is_initialized() and code == 0:
-        dist.barrier()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def build_engine(config: Config, plan: Plan, mesh: Mesh) -> DeepSpeedEngine:
-    """The model with its initial weights, inside the engine."""
-    model = build_model(config.model, mesh, config.run.seed, config.parallel.activation_checkpointing)
+def engine_for(config: Config, plan: Plan, mesh: Mesh) -> Engine:
+    """The model, its weights not set yet, inside the engine that the config names."""
+    layout = parallel_layout(config.parallel)
+    chunks = build_chunks(config.model, mesh, layout)
     if config.train.compile:
-        model.compile_blocks()
+        for chunk in chunks:
+            chunk.compile_blocks()
     options = config.optimizer
-    return DeepSpeedEngine(
-        model,
+    return build_engine(
+        chunks,
         plan.shape,
         mesh,
+        layout,
         optimizer=AdamWOptions(options.impl, options.betas, options.eps, options.weight_decay),
         micro_batch_size=config.train.micro_batch_size,
         accumulation=config.train.global_batch_size // mesh.dp // config.train.micro_batch_size,
+        sequence_length=config.data.sequence_length,
         grad_clip=config.train.grad_clip,
         bf16=config.train.precision == "bf16",
     )
@@ -104,10 +103,9 @@ class _Run:
         self.folder: Path = plan.folder
         self.special = plan.train_set.special
         self.stop = min(config.train.stop_at or config.train.steps, config.train.steps)
-        self.engine = build_engine(config, plan, mesh)
+        self.engine = engine_for(config, plan, mesh)
         self.step, self.applied = self._restore()  # steps taken (= samples consumed / global batch), updates applied
         self.skipped_in_a_row = 0
-        self.saved_at = self.step if plan.resume_from else -1
         self.log: Optional[MetricLog] = None
         self.shipper: Optional[Shipper] = None
         if mesh.rank == 0:
@@ -120,6 +118,15 @@ class _Run:
             )
         self.unigram_entropy = self.validation.unigram_entropy() if self.validation else 0.0
         self.display = TrainingDisplay(mesh.rank == 0, self.step, self.stop, config.train.log_every)
+        self.saving = Saving(
+            self.folder / "checkpoints",
+            every=config.train.checkpoint_every,
+            keep=config.train.keep_checkpoints,
+            asynchronous=config.train.async_checkpoint,
+            timeout_seconds=config.parallel.timeout_seconds,
+            say=self.display.say,
+            saved_at=self.step if plan.resume_from else -1,
+        )
         name = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else ""
         self.peak = peak_flops(name)
 
@@ -160,11 +167,10 @@ class _Run:
                     self.step,
                     self.folder / "samples",
                 )
-            if self._due(config.train.checkpoint_every):
+            if self.saving.due(self.step):
                 self._save()
             began = time.perf_counter()
-        if self.saved_at != self.step:
-            self._save()
+        self._save(last=True)
 
     def _batches(self):
         """This rank's microbatches of each step from here to where the run stops."""
@@ -200,10 +206,11 @@ class _Run:
             checkpoint.load(self.plan.resume_from, state)
             self.engine.state_written(self.plan.trainer["applied_steps"])
             return self.plan.trainer["step"], self.plan.trainer["applied_steps"]
+        initialise_boxes(state, self.plan.shape, self.config.run.seed)
         if self.config.train.init_from:
             weights = {name: boxes for name, boxes in state.items() if name.startswith("weight/")}
             checkpoint.load(Path(self.config.train.init_from), weights)
-            self.engine.state_written(0)
+        self.engine.state_written(0)
         return 0, 0
 
     def _open_folder(self) -> None:
@@ -270,10 +277,9 @@ class _Run:
             f"token (perplexity <= {metrics['val/ppl_bound']:.2f}; unigram entropy {self.unigram_entropy:.4f})"
         )
 
-    def _save(self) -> None:
-        if self.log:
-            self.log.sync()
-        trainer: dict[str, Any] = {
+    def _trainer(self) -> dict[str, Any]:
+        """What the loop needs to go on, beside the engine's state."""
+        return {
             "applied_steps": self.applied,
             "samples_consumed": self.step * self.config.train.global_batch_size,
             "config": to_dict(self.config),
@@ -282,13 +288,15 @@ class _Run:
             "special": asdict(self.special),
             "mlflow_run_id": read_state(self.folder).get("run_id"),
         }
-        path = checkpoint.save(
-            self.folder / "checkpoints", self.step, self.engine.state(), trainer, self.config.train.keep_checkpoints
-        )
-        self.saved_at = self.step
-        self.display.say(f"step {self.step}: checkpoint {path}")
+
+    def _save(self, last: bool = False) -> None:
+        if self.log:
+            self.log.sync()
+        save = self.saving.finish if last else self.saving.save
+        save(self.step, self.engine.state, self._trainer())
 
     def close(self) -> None:
+        """Also after a failure: nothing here waits for another rank. A save in flight is then given up; older ones stand."""
         self.display.close()
         if self.log:
             self.log.close()

@@ -32,10 +32,10 @@ class Store:
         return self._ids[start : start + count]
 
 
-def batches(dp_rank: int = 0, dp_size: int = 1, steps: int = STEPS) -> list[list[DiffusionBatch]]:
+def batches(dp_rank: int = 0, dp_size: int = 1, steps: int = STEPS, micro_batch: int = MICRO_BATCH) -> list[list[DiffusionBatch]]:
     """Microbatches of each step, from the product's own stream: random lengths (padding), varying masked counts."""
     options = StageOptions(MaskingOptions(SEED, GLOBAL_BATCH), random_length_prob=0.3)
-    part = Slice(GLOBAL_BATCH, MICRO_BATCH, dp_rank, dp_size)
+    part = Slice(GLOBAL_BATCH, micro_batch, dp_rank, dp_size)
     stream = BlockStream(Store(), LENGTH, SEED, segment_tokens=64)
     groups = [[expand(c, MASK) for c in group] for group in training_batches(stream, options, part, PAD, steps=steps)]
     for batch in groups[EMPTY_STEP_OF_RANK_0]:

@@ -1,13 +1,17 @@
-"""Boxes tile tensors; checkpoints are read without executing anything, refused when incomplete, and survive a kill."""
+"""Boxes tile tensors; checkpoints are read without executing anything, and refused with one line when anything is amiss."""
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import hashlib
 import json
 import math
 import os
 import pickle
-import signal
-import sys
+import shutil
+import threading
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -15,8 +19,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel import checkpoint
+from parallel import checkpoint, checkpoint_writer
+from parallel.async_save import AsyncSaver
 from parallel.boxes import Boxes, boxes_of_flat_partition, flat_range_boxes
+from parallel.checkpoint_reader import file_reports, read_metadata, recorded_files, sha256_of, tiling_fault
 from parallel.errors import CheckpointError
 
 
@@ -83,7 +89,10 @@ def test_metadata_that_names_anything_foreign_is_refused_and_not_executed(saved,
 
     for payload in (Attack(), {"state_dict_metadata": Attack()}):
         (path / ".metadata").write_bytes(pickle.dumps(payload))
-        with pytest.raises(CheckpointError, match="metadata"):
+        files = json.loads((path / "files.json").read_text())
+        files[".metadata"] = [(path / ".metadata").stat().st_size, sha256_of(path / ".metadata")]
+        (path / "files.json").write_text(json.dumps(files))  # whoever changes one file changes the other
+        with pytest.raises(CheckpointError, match="has no place in a checkpoint's metadata"):
             checkpoint.load(path, whole(values))
     assert not marker.exists()
 
@@ -103,74 +112,215 @@ def test_a_checkpoint_of_another_architecture_is_refused_before_anything_is_writ
     assert all((t == 7).all() or (t == 0).all() for t in wanted.values())
 
 
-def test_a_tensor_that_is_not_wholly_covered_is_refused(tmp_path):
-    part = {"weight/a": Boxes((6, 2), [((0, 0), torch.ones(4, 2))])}
-    path = checkpoint.save(tmp_path, 1, part, {})
-    with pytest.raises(CheckpointError, match="weight/a is not wholly covered"):
-        checkpoint.load(path, whole({"weight/a": torch.zeros(6, 2)}))
+def rewrite_metadata(path: Path, change) -> None:
+    """Changes the stored .metadata by `change(metadata)` and makes files.json agree, so that only the boxes are wrong."""
+    metadata = read_metadata(path)
+    change(metadata)
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    files = json.loads((path / "files.json").read_text())
+    files[".metadata"] = [(path / ".metadata").stat().st_size, sha256_of(path / ".metadata")]
+    (path / "files.json").write_text(json.dumps(files))
 
 
-@pytest.mark.parametrize("damage", ["cut payload", "cut metadata", "no metadata", "no payload"])
-def test_a_damaged_checkpoint_is_one_clear_error(saved, damage):
-    path, values = saved
-    payload, metadata = next(path.glob("*.distcp")), path / ".metadata"
-    file = payload if "payload" in damage else metadata
-    if damage.startswith("cut"):
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    else:
-        file.unlink()
-    with pytest.raises(CheckpointError) as error:
-        checkpoint.load(path, whole({name: torch.zeros_like(t) for name, t in values.items()}))
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
+def move_box(metadata) -> None:
+    stored = metadata.state_dict_metadata["weight/b"]
+    stored.chunks = [dataclasses.replace(stored.chunks[0], offsets=torch.Size([3]))]
 
 
-def save_and_die(point: int, *arguments, **options) -> bool:
-    """Saves in a forked child that kills itself with SIGKILL just before its `point`-th change of the file system.
-
-    Python tells audit hooks of every open, mkdir, rename, remove and rmdir. True if the child lived to the end.
-    """
-    child = os.fork()
-    if child == 0:
-        seen = 0
-
-        def hook(event: str, details: tuple) -> None:
-            nonlocal seen
-            writes = (
-                event == "open" and isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-            )
-            if writes or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
-                seen += 1
-                if seen == point:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(hook)
-        try:
-            checkpoint.save(*arguments, **options)
-        finally:
-            os._exit(0)
-    return os.waitpid(child, 0)[1] == 0
+def halve_box(metadata) -> None:
+    stored = metadata.state_dict_metadata["weight/b"]
+    stored.chunks = [dataclasses.replace(stored.chunks[0], sizes=torch.Size([5]))]
 
 
-def test_kill_9_at_every_change_of_the_file_system_leaves_a_newest_checkpoint_that_loads_and_the_next_save_works(
-    tmp_path,
+def double_box(metadata) -> None:
+    metadata.state_dict_metadata["weight/b"].chunks *= 2
+
+
+def lose_place(metadata) -> None:
+    metadata.storage_data = {k: v for k, v in metadata.storage_data.items() if k.fqn != "weight/b"}
+
+
+def read_beyond(metadata) -> None:
+    for place in metadata.storage_data.values():
+        place.length += 10**6
+
+
+@pytest.mark.parametrize("change", [move_box, halve_box, double_box, lose_place, read_beyond])
+def test_boxes_that_do_not_tile_their_tensor_or_lie_in_no_file_are_refused_even_if_nobody_asks_for_that_tensor(
+    saved, change
 ):
-    older, newer = ({"weight/a": torch.randn(5, 7)} for _ in range(2))
-    point, newest_seen, lived = 0, [], False
-    while not lived:
-        point += 1
-        root = tmp_path / str(point)
-        checkpoint.save(root, 2, whole(older), {})
-        checkpoint.save(root, 3, whole(older), {})
-        lived = save_and_die(point, root, 4, whole(newer), {}, keep=2)
-        newest = checkpoint.latest(root)
-        newest_seen.append(newest.name)
-        loaded = {"weight/a": torch.zeros(5, 7)}
-        checkpoint.load(newest, whole(loaded))
-        assert torch.equal(loaded["weight/a"], (newer if newest.name == "step-00000004" else older)["weight/a"])
-        assert checkpoint.save(root, 5, whole(newer), {}, keep=1).name == "step-00000005"
-        assert [p.name for p in root.iterdir() if p.is_dir()] == ["step-00000005"], "something of the dead save is left"
-    assert set(newest_seen) == {"step-00000003", "step-00000004"}
-    assert newest_seen == sorted(newest_seen) and point > 8
+    path, values = saved
+    rewrite_metadata(path, change)
+    wanted = {"weight/a": torch.zeros(5, 7)}
+    with pytest.raises(CheckpointError, match="not wholly covered by its boxes, once|in no file|lies outside"):
+        checkpoint.load(path, whole(wanted))
+    assert not wanted["weight/a"].any()
+
+
+def test_a_state_whose_boxes_do_not_tile_is_never_saved(tmp_path):
+    part = {"weight/a": Boxes((6, 2), [((0, 0), torch.ones(4, 2))])}
+    with pytest.raises(RuntimeError, match="weight/a .* is not wholly covered"):
+        checkpoint.save(tmp_path, 1, part, {})
+    assert checkpoint.latest(tmp_path) is None
+
+
+@st.composite
+def boxes_in_a_grid(draw):
+    shape = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    count = draw(st.integers(0, 5))
+    boxes = []
+    for _ in range(count):
+        offset = [draw(st.integers(0, s - 1)) for s in shape]
+        boxes.append((offset, [draw(st.integers(1, s - o)) for s, o in zip(shape, offset)]))
+    return shape, boxes
+
+
+def paint(shape, boxes) -> torch.Tensor:
+    painted = torch.zeros(shape, dtype=torch.long)
+    for offset, size in boxes:
+        painted[tuple(slice(o, o + n) for o, n in zip(offset, size))] += 1
+    return painted
+
+
+@given(boxes_in_a_grid())
+@settings(max_examples=300, deadline=None)
+def test_tiling_is_what_painting_every_box_says(case):
+    shape, boxes = case
+    assert (tiling_fault(shape, boxes) is None) == bool((paint(shape, boxes) == 1).all())
+
+
+@given(shape=st.lists(st.integers(1, 5), min_size=1, max_size=3), cuts=st.integers(1, 7), drop=st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_the_boxes_of_cut_flat_ranges_tile_and_no_longer_when_one_is_missing(shape, cuts, drop):
+    size = math.prod(shape)
+    edges = [size * i // cuts for i in range(cuts + 1)]
+    boxes = [box for a, b in zip(edges, edges[1:]) for box in flat_range_boxes(a, b, shape)]
+    assert tiling_fault(shape, boxes) is None
+    assert tiling_fault(shape, boxes[1:]) is not None
+    assert tiling_fault(shape, [*boxes, boxes[-1]]) is not None
+    assert "sticks out" in tiling_fault(shape, [((1, *[0] * (len(shape) - 1)), shape)])
+
+
+@pytest.mark.parametrize("view", ["whole", "transposed", "slice of a large storage"])
+def test_a_save_writes_values_and_not_the_storage_behind_them(tmp_path, view):
+    values = {"whole": torch.randn(64, 32), "transposed": torch.randn(32, 64).t()}.get(
+        view, torch.randn(4096, 32)[100:164]
+    )
+    path = checkpoint.save(tmp_path, 1, whole({"weight/a": values}), {})
+    assert sum(p.stat().st_size for p in path.glob("*.distcp")) < values.nbytes + 4096
+    loaded = {"weight/a": torch.zeros(64, 32)}
+    checkpoint.load(path, whole(loaded))
+    assert torch.equal(loaded["weight/a"], values)
+
+
+def test_room_is_asked_for_what_the_files_take_and_not_much_more(tmp_path, monkeypatch):
+    """On a disk with just enough free bytes the save works; with fewer than its files took, it is refused."""
+    values = {f"weight/{i}": torch.randn(300 + i, 400) for i in range(9)}
+    path = checkpoint.save(tmp_path / "a", 1, whole(values), {})
+    took = sum(p.stat().st_size for p in path.iterdir())
+    free = namedtuple("usage", "total used free")
+    margin = len(values) * checkpoint_writer.BOX_OVERHEAD
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free(0, 0, took + margin + checkpoint_writer.SPARE))
+    checkpoint.save(tmp_path / "b", 1, whole(values), {})
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free(0, 0, took + checkpoint_writer.SPARE - margin))
+    with pytest.raises(CheckpointError, match="GiB free"):
+        checkpoint.save(tmp_path / "c", 1, whole(values), {})
+    assert [p.name for p in (tmp_path / "c").iterdir()] == []
+
+
+def test_a_disk_that_fills_up_in_the_middle_is_one_line_and_its_leftovers_are_gone(saved, monkeypatch):
+    path, values = saved
+
+    def full(_file, _data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_writer.HashedFile, "write", full)
+        with pytest.raises(CheckpointError, match="cannot be written: No space left on device"):
+            checkpoint.save(path.parent, 4, whole(values), {})
+    assert sorted(p.name for p in path.parent.iterdir()) == ["latest", path.name]
+    assert checkpoint.save(path.parent, 5, whole(values), {}).name == "step-00000005"
+
+
+@pytest.mark.parametrize("payload", [{}, {"x": "../../etc/passwd"}])
+def test_files_json_that_makes_no_sense_is_refused(saved, payload):
+    path, values = saved
+    files = json.loads((path / "files.json").read_text()) if payload else {}
+    if payload:
+        files["../outside"] = [1, "0"]
+    (path / "files.json").write_text(json.dumps(files))
+    with pytest.raises(CheckpointError, match=r"files\.json (does not name|names a file outside)"):
+        checkpoint.load(path, whole(values))
+
+
+@pytest.mark.parametrize("damage", ["cut", "longer", "missing"])
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "trainer.json", "files.json"])
+def test_a_damaged_file_is_one_clear_error_that_names_it(saved, damage, name):
+    path, values = saved
+    file = path / name
+    content = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(content[: len(content) // 2] if damage == "cut" else content + b"}")
+    wanted = {name: torch.zeros_like(t) for name, t in values.items()}
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.load(path, whole(wanted))
+    assert str(path) in str(error.value) and name in str(error.value) and "\n" not in str(error.value)
+    assert not any(t.any() for t in wanted.values())
+
+
+def test_reading_everything_finds_the_bit_that_changed_and_loading_alone_would_not(saved):
+    path, _ = saved
+    file = path / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert all(report.problem is None for report in file_reports(path, read=False))
+    assert [r.name for r in file_reports(path) if r.problem and "SHA-256" in r.problem] == ["__0_0.distcp"]
+
+
+def test_what_is_recorded_of_every_file_is_what_is_there(saved):
+    path, _ = saved
+    recorded = recorded_files(path)
+    assert set(recorded) | {"files.json"} == {p.name for p in path.iterdir()}
+    for name, (size, digest) in recorded.items():
+        content = (path / name).read_bytes()
+        assert (size, digest) == (len(content), hashlib.sha256(content).hexdigest())
+
+
+def test_a_background_save_takes_the_values_of_its_start_reports_its_error_once_and_goes_on(tmp_path, monkeypatch):
+    saver = AsyncSaver()
+    values = {"weight/a": torch.randn(50, 7)}
+    expected, note = values["weight/a"].clone(), {"nested": [1]}
+    state = whole({"weight/a": values["weight/a"].t().contiguous().t()})
+    held = threading.Event()
+    write = checkpoint_writer.HashedFile.write
+
+    def slow(file, data):
+        assert held.wait(30)
+        return write(file, data)
+
+    monkeypatch.setattr(checkpoint_writer.HashedFile, "write", slow)
+    assert saver.start(tmp_path, 3, state, note) is None
+    state["weight/a"].parts[0][1].fill_(float("nan"))
+    note["nested"].append(2)
+    assert checkpoint.latest(tmp_path) is None, "start waited for the write"
+    held.set()
+    assert saver.wait() == tmp_path / "step-00000003" and saver.wait() is None
+    loaded = {"weight/a": torch.zeros(50, 7)}
+    checkpoint.load(tmp_path / "step-00000003", whole(loaded))
+    assert torch.equal(loaded["weight/a"], expected)
+    assert checkpoint.read_trainer(tmp_path / "step-00000003")["nested"] == [1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "free")(0))
+        saver.start(tmp_path, 4, whole(values), {})
+        with pytest.raises(CheckpointError, match="GiB free"):
+            saver.start(tmp_path, 5, whole(values), {})
+    assert saver.start(tmp_path, 6, whole(values), {}) is None
+    saver.close()
+    assert [p.name for p in checkpoint.complete_checkpoints(tmp_path)] == ["step-00000003", "step-00000006"]
 
 
 def test_another_format_is_refused_by_name(saved):

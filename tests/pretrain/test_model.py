@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import replace
-
 import pytest
 import torch
 
 from parallel.attention import attention, rotary_angles
 from parallel.initialise import local_share, rows
-from parallel.legality import check_layout
 from parallel.mesh import build_mesh, single_process_mesh
 from parallel.shape import ModelShape, parameter_counts, parameter_table
 from pretrain.config import ModelConfig
@@ -42,14 +38,10 @@ def test_the_llada_configs_build_on_the_meta_device_with_exactly_the_published_p
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, "quickstart"])
-def test_the_shipped_configs_are_legal_and_their_schedules_make_sense(name):
+def test_the_schedules_of_the_shipped_configs_make_sense(name):
     from pretrain.lr_schedule import check_schedule
 
-    config = load_config(["--config", f"configs/{name}.yaml"])
-    world = 1 if name == "quickstart" else 64
-    batch = config.train.global_batch_size
-    assert check_layout(model_shape(config.model), world, 1, batch, config.train.micro_batch_size) is None
-    check_schedule(config)
+    check_schedule(load_config(["--config", f"configs/{name}.yaml"]))
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +109,7 @@ def test_padding_behind_a_sample_leaves_it_as_if_it_were_alone(model):
 def test_a_compiled_block_is_one_graph_without_a_break(model, documents):
     cos, sin = rotary_angles(torch.arange(8).expand(2, 8), 8, 500000.0)
     torch._dynamo.reset()
-    found = torch._dynamo.explain(model.blocks[0]._compute)(torch.randn(2, 8, 32), cos, sin, documents)
+    found = torch._dynamo.explain(model.blocks["0"]._compute)(torch.randn(2, 8, 32), cos, sin, documents)
     assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
 
 
@@ -156,42 +148,6 @@ def test_initial_weights_are_the_same_at_every_layout_and_follow_the_stated_scal
     assert not torch.equal(a, b)
     c = rows("blocks.1.q_proj.weight", table["blocks.1.q_proj.weight"], 5, 0, 64)
     assert not torch.equal(a, c) and abs(float((a * c).mean())) < 5 * 0.02**2 / 64
-
-
-@pytest.mark.parametrize(
-    "change, world, tensor, batch, says, alternative",
-    [
-        ({}, 6, 4, 48, "6 ranks are not a multiple", "parallel.tensor 2"),
-        ({"num_kv_heads": 4}, 8, 8, 64, "num_kv_heads 4 cannot be split", "parallel.tensor 4"),
-        (
-            {"num_layers": 22, "hidden_size": 2048, "num_heads": 32, "num_kv_heads": 4, "ffn_hidden_size": 5634},
-            4,
-            4,
-            64,
-            "ffn_hidden_size 5634 cannot be split over parallel.tensor 4",
-            "parallel.tensor 2",
-        ),
-        ({}, 3, 1, 64, "train.global_batch_size 64", "train.global_batch_size 66"),
-        ({"hidden_size": 72}, 1, 1, 64, "head size", "model.hidden_size 80"),
-    ],
-)
-def test_an_illegal_layout_is_refused_with_the_reason_and_the_nearest_legal_one(
-    change, world, tensor, batch, says, alternative
-):
-    shape = replace(ModelShape(4, 64, 8, 8, 96, 300), **change)
-    problem = check_layout(shape, world, tensor, batch, 2)
-    assert problem and says in problem.reason and problem.alternative == alternative
-    began = time.perf_counter()
-    check_layout(shape, world, tensor, batch, 2)
-    assert time.perf_counter() - began < 2
-    key, value = alternative.split()
-    fixed = {
-        "parallel.tensor": tensor,
-        "train.global_batch_size": batch,
-        **{f"model.{k}": v for k, v in vars(shape).items()},
-    } | {key: int(value)}
-    legal = ModelShape(**{k: fixed[f"model.{k}"] for k in vars(shape)})
-    assert check_layout(legal, world, fixed["parallel.tensor"], fixed["train.global_batch_size"], 2) is None
 
 
 def test_flops_equal_what_torch_counts_with_full_attention():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -237,24 +238,50 @@ def test_init_from_takes_the_weights_and_nothing_else(corpus, runs, tmp_path):
     assert metrics(tmp_path / "tuned")[0]["train/ce_loss"] < metrics(runs / "straight")[0]["train/ce_loss"] - 0.3
 
 
-@pytest.mark.parametrize("name, ranks, tensor", [("one process", 1, 1), ("two tensor-parallel ranks", 2, 2)])
-def test_another_layout_takes_the_same_steps(corpus, runs, tmp_path, name, ranks, tensor):
-    """The same 20 steps as the run on two data-parallel ranks: loss to 1e-5, gradient norm to 1e-4, the same tokens masked."""
-    overrides = {
-        "train.stop_at": 20,
-        "train.validate_every": 20,
-        "train.checkpoint_every": 0,
-        "parallel.tensor": tensor,
-    }
-    run("pretrain", arguments(corpus, tmp_path, "other", **overrides, **{"train.micro_batch_size": 4}), ranks)
-    other, straight = metrics(tmp_path / "other"), metrics(runs / "straight")[:20]
-    assert [line["step"] for line in other] == list(range(1, 21))
-    for a, b in zip(other, straight):
+PIPELINE = {"parallel.pipeline": 2, "train.micro_batch_size": 2}
+LAYOUTS = {  # ranks, overrides
+    "one process": (1, {"train.micro_batch_size": 4}),
+    "two tensor-parallel ranks": (2, {"parallel.tensor": 2, "train.micro_batch_size": 4}),
+    "a pipeline of sequence-parallel stages": (
+        4,
+        {**PIPELINE, "parallel.tensor": 2, "parallel.sequence_parallel": "true", "train.sample_every": 20},
+    ),
+    "engine fsdp2 with a pipeline": (2, {**PIPELINE, "parallel.engine": "fsdp2", "parallel.schedule": "gpipe"}),
+}
+
+
+def assert_same_steps(found: list[dict], expected: list[dict]) -> None:
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for a, b in zip(found, expected):
         assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-5)
+        assert a["train/ce_loss"] == pytest.approx(b["train/ce_loss"], rel=1e-5)
         assert a["train/grad_norm"] == pytest.approx(b["train/grad_norm"], rel=1e-4)
         assert a["train/num_masked_tokens"] == b["train/num_masked_tokens"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_another_layout_takes_the_same_steps(corpus, runs, tmp_path, layout):
+    """The same 20 steps as the run on two data-parallel ranks: loss to 1e-5, gradient norm to 1e-4, the same tokens masked."""
+    ranks, overrides = LAYOUTS[layout]
+    common = {"train.stop_at": 20, "train.validate_every": 20, "train.checkpoint_every": 0}
+    run("pretrain", arguments(corpus, tmp_path, "other", **common, **overrides), ranks)
+    assert_same_steps(metrics(tmp_path / "other"), metrics(runs / "straight")[:20])
     a, b = metrics(tmp_path / "other", "val/")[0], metrics(runs / "straight", "val/")[0]
     assert a["val/nelbo"] == pytest.approx(b["val/nelbo"], rel=1e-5)
+    if "train.sample_every" in overrides:
+        text = (tmp_path / "other" / "samples" / "step-00000020.txt").read_text()
+        assert text == (runs / "straight" / "samples" / "step-00000020.txt").read_text()
+
+
+def test_a_run_goes_on_under_another_engine_and_layout(corpus, runs, tmp_path):
+    """Begun by ZeRO-3 on two data-parallel ranks, ended by fsdp2 on two tensor-parallel ones: the same steps."""
+    there = tmp_path / "moved" / "checkpoints" / "step-00000020"
+    shutil.copytree(runs / "straight" / "checkpoints" / there.name, there)
+    shutil.copyfile(runs / "straight" / "metrics.jsonl", tmp_path / "moved" / "metrics.jsonl")
+    overrides = {"parallel.engine": "fsdp2", "parallel.tensor": 2, "train.stop_at": 30}
+    said = run("pretrain", arguments(corpus, tmp_path, "moved", **overrides), 2)
+    assert "resumed" in said[0]
+    assert_same_steps(metrics(tmp_path / "moved"), metrics(runs / "straight")[:30])
 
 
 def test_a_step_without_a_single_masked_token_changes_no_parameter_and_no_moment(corpus, tmp_path):

@@ -1,0 +1,131 @@
+"""The parity matrix: cells (a layout on a number of ranks) that together run every class and feature of legal layouts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from parallel.equivalence import engine_kind, equivalence_class, features
+from parallel.layout import SCHEDULES, ZERO_BUBBLE, Layout
+from parallel.layout_rules import Case
+from tests.distributed import matrix_case
+
+KINDS = ("z0", "z1", "z2", "z3", "fsdp2")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One layout to prove. micro_batch: samples a rank computes at once."""
+
+    world: int
+    layout: Layout
+    micro_batch: int = 1
+    tied: bool = False
+
+    @property
+    def name(self) -> str:
+        """What distinguishes it: "z3 pp2 dp2 interleaved"."""
+        lay, case = self.layout, self.case
+        sizes = [("pp", lay.pipeline), ("dp", case.dp), ("sp" if lay.sequence_parallel else "tp", lay.tensor)]
+        words = [engine_kind(lay), *(f"{axis}{size}" for axis, size in sizes if size > 1)]
+        words += [lay.schedule] if lay.pipeline > 1 else []
+        words += [f"stages {'-'.join(map(str, lay.layers_per_stage))}"] if lay.layers_per_stage else []
+        words += [f"shard {lay.shard_group}"] if lay.shard_group else []
+        words += [f"recompute {lay.activation_checkpointing}"] if lay.activation_checkpointing != "none" else []
+        words += ["tied"] if self.tied else []
+        return " ".join([*words, f"x{case.accumulation}"])
+
+    @property
+    def case(self) -> Case:
+        """As the legality table sees it."""
+        return Case(
+            matrix_case.shape_of(self.tied),
+            self.world,
+            self.layout,
+            matrix_case.GLOBAL_BATCH,
+            self.micro_batch,
+            matrix_case.LENGTH,
+        )
+
+    def covers(self) -> set[tuple[str, ...]]:
+        """Its class and its features."""
+        return {equivalence_class(self.layout), *features(self.case)}
+
+
+def _layout(kind: str, **fields: Any) -> Layout:
+    if kind == "fsdp2":
+        return Layout(engine="fsdp2", **fields)
+    return Layout(zero_stage=int(kind[1]), **fields)
+
+
+SP = {"tensor": 2, "sequence_parallel": True}
+
+
+def _one_stage(kind: str) -> list[Cell]:
+    """Every tensor mode without a pipeline; the features spread over them."""
+    return [
+        Cell(1, _layout(kind, activation_checkpointing="selective"), micro_batch=8, tied=True),
+        Cell(2, _layout(kind), micro_batch=2),
+        Cell(2, _layout(kind, tensor=2), micro_batch=4),
+        Cell(2, _layout(kind, **SP, activation_checkpointing="full"), micro_batch=4),
+        Cell(4, _layout(kind, tensor=2), micro_batch=2),
+    ]
+
+
+def _pipelined(kind: str, schedule: str) -> list[Cell]:
+    """One schedule in every tensor mode; with recomputation, which the zero-bubble schedules do once for each half."""
+    common: dict[str, Any] = {"pipeline": 2, "schedule": schedule}
+    return [
+        Cell(4, _layout(kind, **common)),
+        Cell(4, _layout(kind, **common, tensor=2), micro_batch=2),
+        Cell(4, _layout(kind, **common, **SP, activation_checkpointing="full"), micro_batch=2),
+    ]
+
+
+def _special(kind: str) -> list[Cell]:
+    """Deep pipelines, all three axes at once, replicas of shards."""
+    deep = {"pipeline": 4, "layers_per_stage": (1, 1, 2, 1)}
+    three = {"pipeline": 2, "schedule": "interleaved", **SP, "activation_checkpointing": "selective"}
+    cells = [Cell(4, _layout(kind, **deep), micro_batch=2), Cell(8, _layout(kind, **three))]
+    if kind in ("z3", "fsdp2"):
+        cells += [
+            Cell(4, _layout(kind, shard_group=2)),
+            Cell(8, _layout(kind, shard_group=2, pipeline=2, schedule="1f1b")),
+        ]
+    if kind == "fsdp2":
+        cells += [
+            Cell(4, _layout(kind, pipeline=4, schedule="gpipe", layers_per_stage=(2, 1, 1, 1)), micro_batch=4),
+            Cell(8, _layout(kind, pipeline=2, schedule="zbv", tensor=2)),
+        ]
+    return cells
+
+
+def schedules_of(kind: str) -> tuple[str, ...]:
+    return SCHEDULES if kind == "fsdp2" else tuple(s for s in SCHEDULES if s not in ZERO_BUBBLE)
+
+
+CELLS: tuple[Cell, ...] = tuple(
+    cell
+    for kind in KINDS
+    for cell in (
+        *_one_stage(kind),
+        *(cell for schedule in schedules_of(kind) for cell in _pipelined(kind, schedule)),
+        *_special(kind),
+    )
+)
+
+
+def everyday() -> list[Cell]:
+    """The cells of `make test`, chosen greedily: every pair of (engine kind, schedule, tensor mode) and every feature."""
+    wanted = {piece for cell in CELLS for piece in _pieces(cell)}
+    chosen: list[Cell] = []
+    while wanted:
+        best = max(CELLS, key=lambda cell: len(_pieces(cell) & wanted) / cell.world)
+        chosen.append(best)
+        wanted -= _pieces(best)
+    return chosen
+
+
+def _pieces(cell: Cell) -> set[tuple[str, ...]]:
+    kind, schedule, mode = equivalence_class(cell.layout)
+    return {(kind, schedule), (schedule, mode), (kind, mode), *features(cell.case)}

@@ -1,0 +1,42 @@
+"""A rank that raises brings all down within 30 s, whatever the others are doing; the first cause is the last line of each."""
+
+from __future__ import annotations
+
+import socket
+import time
+
+import pytest
+
+from tests.distributed.launch import start
+
+
+@pytest.mark.parametrize(
+    "who, how, code, cause",
+    [
+        (1, "raises", 1, "ZeroDivisionError: a bug"),
+        (0, "raises", 1, "ZeroDivisionError: a bug"),  # the rank that serves the store where they met
+        (1, "input", 2, "shard-000003.tar is cut short"),
+        (0, "killed", 1, None),
+    ],
+)
+def test_all_ranks_end_soon_with_the_first_failure(who, how, code, cause):
+    ranks = start("tests.pretrain.failing_worker", [str(who), how], 2)
+    try:
+        ranks[who].wait(timeout=60)
+        failed = time.monotonic()
+        said = [p.communicate(timeout=60)[0] for p in ranks]
+        # Against a sleep of 300 and a collective timeout of 600 seconds.
+        assert time.monotonic() - failed < 30
+    finally:
+        for p in ranks:
+            p.kill()
+    assert [p.returncode for p in ranks] == [-9 if how == "killed" and rank == who else code for rank in range(2)], said
+    for rank, text in enumerate(said):
+        if (rank, how) == (who, "killed"):
+            continue
+        last = text.strip().splitlines()[-1]
+        if cause:
+            assert last == f"error: rank {who} on {socket.gethostname()} failed first: {cause}"
+        assert last.startswith("error: rank ") and " failed first: " in last
+    if how == "input":
+        assert "Traceback" not in said[who]
