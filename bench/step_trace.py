@@ -8,7 +8,7 @@ engine's Python, its copies and its hooks are `rest`, wherever they run.
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -64,7 +64,7 @@ def _waits_recorded() -> Iterator[None]:
         with record_function(_WAIT):
             return wait(work, *args, **kwargs)
 
-    dist.Work.wait = recorded  # type: ignore[method-assign]
+    dist.Work.wait = recorded  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
@@ -77,13 +77,14 @@ def trace_step(step: Callable[[], object]) -> StepTrace:
         with record_function(_STEP):
             step()
     (root,) = [event for event in profiler.events() if event.name == _STEP]
-    parts: Counter[str] = Counter(dict.fromkeys(PARTS, 0.0))
-    rest: Counter[str] = Counter()
+    parts = dict.fromkeys(PARTS, 0.0)
+    rest: defaultdict[str, float] = defaultdict(float)
     _add_up(root, "rest", parts, rest)
-    return StepTrace(_seconds(root), dict(parts), dict(rest.most_common(12)))
+    most = sorted(rest.items(), key=lambda item: -item[1])[:12]
+    return StepTrace(_seconds(root), parts, dict(most))
 
 
-def _add_up(event: Any, around: str, parts: Counter[str], rest: Counter[str]) -> None:
+def _add_up(event: Any, around: str, parts: dict[str, float], rest: dict[str, float]) -> None:
     part = _part(event.name) or around
     own = _seconds(event) - sum(_seconds(inner) for inner in event.cpu_children)
     parts[part] += own

@@ -30,7 +30,8 @@ class AsyncSaver:
         self._group: Optional[dist.ProcessGroup] = None
         if distributed():
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
-            dist.barrier(self._group)  # gloo connects at the first use: now, so that a rank that dies is noticed at once
+            # gloo connects at the first use: now, so that a rank that dies later is noticed at once.
+            dist.barrier(self._group)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._saving: Optional[Future[Path]] = None
 

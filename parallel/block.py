@@ -11,7 +11,7 @@ from typing import Optional
 
 import torch
 import torch.nn.functional as F
-from megatron.core import ModelParallelConfig, parallel_state
+from megatron.core import ModelParallelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel import layers as megatron_layers
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
@@ -26,8 +26,8 @@ from parallel.shape import ModelShape
 
 
 def _tensor_parallel_group(tp_group=None, is_expert: bool = False, check_initialized: bool = True):
-    """megatron-core's look-up of the default group, without its warning on rank 0."""
-    return tp_group if tp_group is not None else parallel_state.get_tensor_model_parallel_group(check_initialized=False)
+    """megatron-core's look-up of a group, without its warning on rank 0 and without a global one to fall back on."""
+    return tp_group
 
 
 # Its row-parallel linear does not pass its group on, so every forward warns; torch.compile breaks the graph at a warning,

@@ -113,7 +113,7 @@ class RoomPlanner(BoxSavePlanner):
                 check_tiling(metadata, "this state")
             except CheckpointError as error:  # nothing that a person could mend
                 raise RuntimeError(str(error)) from None
-        pass
+        check_room(self._folder, bytes_needed(plans))
         return plans, metadata
 
 

@@ -1,4 +1,4 @@
-"""Which layouts are legal: a pure function that answers in well under a millisecond, without GPUs or process groups."""
+"""Which layouts are legal: a pure function that answers in milliseconds, without GPUs or process groups."""
 
 from __future__ import annotations
 

@@ -5,16 +5,14 @@ global rank = (pp_rank * dp + dp_rank) * tp + tp_rank
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn, Optional
+from typing import Any, NoReturn, Optional
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch.distributed.rendezvous import rendezvous
 
 
@@ -74,12 +72,11 @@ def world_from_environment(environ: Optional[dict[str, str]] = None) -> tuple[in
 
 
 def build_mesh(tensor: int = 1, pipeline: int = 1, shard: int = 0, timeout_seconds: int = 600) -> Mesh:
-    """Joins the process group (gloo on CPU, nccl on GPUs) and lays the mesh over it. Collective over all ranks.
+    """Joins the process group (gloo on CPU, nccl on GPUs) and lays a mesh over it. Collective over all ranks.
 
-    `shard` data-parallel ranks share one set of shards (0 = all). A collective that waits longer than `timeout_seconds`
-    (in tensor-, pipeline- and data-parallel groups: the next full minute) ends with an error. The sizes must divide each
-    other (parallel.legality says so earlier and nicer). A second call with the same sizes gives the same groups; another
-    layout needs `close_mesh` first.
+    `shard` data-parallel ranks share one set of shards (0 = all). A collective that waits longer than `timeout_seconds` ends
+    with an error. The sizes must divide each other (parallel.legality says so earlier and nicer). May be called again, for
+    the same or another layout of the same ranks.
     """
     rank, local_rank, world = world_from_environment()
     timeout = timedelta(seconds=timeout_seconds)
@@ -90,30 +87,23 @@ def build_mesh(tensor: int = 1, pipeline: int = 1, shard: int = 0, timeout_secon
         torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if not dist.is_initialized():
-        backend = "nccl" if cuda else "gloo"
-        if world == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        else:
-            global _store
-            _store, *_ = next(rendezvous("env://", timeout=timeout))
-            groups = dist.PrefixStore("groups", _store)
-            dist.init_process_group(backend, store=groups, rank=rank, world_size=world, timeout=timeout)
-    if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tensor,
-            pipeline_model_parallel_size=pipeline,
-            distributed_timeout_minutes=math.ceil(timeout_seconds / 60),
-        )
-    elif (tensor, pipeline) != (
-        parallel_state.get_tensor_model_parallel_world_size(),
-        parallel_state.get_pipeline_model_parallel_world_size(),
-    ):
-        raise ValueError("this process already has a mesh of another layout")
+        _join("nccl" if cuda else "gloo", rank, world, timeout)
     dp = world // tensor // pipeline
     shard = shard or dp
-    shard_group = replica_group = parallel_state.get_data_parallel_group()
-    if shard != dp:
-        shard_group, replica_group = _split_data_parallel(world, pipeline, dp, tensor, shard, timeout)
+    ranks = torch.arange(world).view(pipeline, dp // shard, shard, tensor)
+    pp, replica, share, tp = range(4)
+    groups = {
+        name: _group(ranks, axes, rank, timeout)
+        for name, axes in (
+            ("pp_group", [pp]),
+            ("dp_group", [replica, share]),
+            ("tp_group", [tp]),
+            ("model_group", [pp, tp]),
+            ("shard_group", [share]),
+            ("replica_group", [replica]),
+        )
+        if name != "replica_group" or shard < dp
+    }
     return Mesh(
         pp=pipeline,
         dp=dp,
@@ -123,38 +113,43 @@ def build_mesh(tensor: int = 1, pipeline: int = 1, shard: int = 0, timeout_secon
         dp_rank=rank // tensor % dp,
         tp_rank=rank % tensor,
         device=device,
-        pp_group=parallel_state.get_pipeline_model_parallel_group(),
-        dp_group=parallel_state.get_data_parallel_group(),
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
-        model_group=parallel_state.get_model_parallel_group(),
-        shard_group=shard_group,
-        replica_group=replica_group if shard != dp else None,
         store=_store,
+        **groups,
     )
 
 
 _store: Optional[dist.Store] = None
-_splits: dict[tuple[int, ...], tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
+_groups: dict[tuple[int, ...], Any] = {}
 
 
-def _split_data_parallel(
-    world: int, pp: int, dp: int, tp: int, shard: int, timeout: timedelta
-) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """(shard group, replica group) of this rank."""
-    key = (pp, dp, tp, shard)
-    if key not in _splits:
-        ranks = torch.arange(world).view(pp, dp // shard, shard, tp)
-        shards = [ranks[p, d, :, t].tolist() for p in range(pp) for d in range(dp // shard) for t in range(tp)]
-        replicas = [ranks[p, :, s, t].tolist() for p in range(pp) for s in range(shard) for t in range(tp)]
-        made = [dist.new_subgroups_by_enumeration(lists, timeout=timeout)[0] for lists in (shards, replicas)]
-        _splits[key] = (made[0], made[1])
-    return _splits[key]
+def _join(backend: str, rank: int, world: int, timeout: timedelta) -> None:
+    global _store
+    if world == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    _store, *_ = next(rendezvous("env://", timeout=timeout))
+    groups = dist.PrefixStore("groups", _store)
+    dist.init_process_group(backend, store=groups, rank=rank, world_size=world, timeout=timeout)
+
+
+def _group(ranks: torch.Tensor, axes: list[int], rank: int, timeout: timedelta) -> Optional[dist.ProcessGroup]:
+    """This rank's group along `axes` of the array of ranks. One group for each set of ranks, however often it is asked for:
+    a gloo group costs threads that never sleep long, an nccl group memory.
+    """
+    others = [axis for axis in range(ranks.dim()) if axis not in axes]
+    size = ranks[tuple(slice(None) if axis in axes else 0 for axis in range(ranks.dim()))].numel()
+    mine = None
+    for members in ranks.permute(*others, *axes).reshape(-1, size).tolist():
+        if tuple(members) not in _groups:
+            whole = size == dist.get_world_size()
+            _groups[tuple(members)] = dist.group.WORLD if whole else dist.new_group(members, timeout=timeout)
+        if rank in members:
+            mine = _groups[tuple(members)]
+    return mine
 
 
 def close_mesh() -> None:
-    """Forgets the layout, so that `build_mesh` may lay another one over the same process group. Collective."""
-    _splits.clear()
-    parallel_state.destroy_model_parallel()
+    """Nothing to do."""
 
 
 def leave(code: int) -> NoReturn:

@@ -1,6 +1,6 @@
-"""One rank of: python -m tests.distributed.deepspeed_worker FOLDER - what the DeepSpeed engine does beside solving a step.
+"""What the DeepSpeed engine does beside solving a step: python -m tests.distributed.deepspeed_worker FOLDER [SCENARIO ...].
 
-Two ranks and four ranks each run their own scenarios; every rank writes FOLDER/WORLD-RANK.json.
+Two ranks and four ranks each run their own scenarios (or those named); every rank writes FOLDER/WORLD-RANK.json.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,7 +19,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from parallel import deepspeed_fixes
+from parallel import deepspeed_fixes, deepspeed_state
 from parallel.engine import AdamWOptions
 from parallel.engine_deepspeed import DeepSpeedEngine
 from parallel.layout import Layout
@@ -38,6 +39,7 @@ COUNTED = {
     "all_reduce": 0,
 }  # -> which argument is the whole tensor
 moved: dict[str, list[int]] = {}
+kept: list[str] = []  # layouts whose model was still there after the engine was closed
 
 
 def count_collectives() -> None:
@@ -61,9 +63,7 @@ def count_collectives() -> None:
 
 
 @contextlib.contextmanager
-def engine_of(
-    layout: Layout, *, micro_batch: int = 1, bf16: bool = False, seed: int = 3
-) -> Iterator[Any]:
+def engine_of(layout: Layout, *, micro_batch: int = 1, bf16: bool = False, seed: int = 3) -> Iterator[Any]:
     """(engine, microbatches of each step) for one layout; closed and forgotten at the end."""
     mesh = build_mesh(layout.tensor, layout.pipeline, layout.shard_group, timeout_seconds=60)
     groups = [
@@ -83,9 +83,11 @@ def engine_of(
         bf16=bf16,
     )
     yield engine, groups
+    model = weakref.ref(engine.chunks[0])
     engine.close()
-    del engine
     gc.collect()
+    if model() is not None:
+        kept.append(repr(layout))
     dist.barrier()
     close_mesh()
 
@@ -93,10 +95,8 @@ def engine_of(
 def gathered(boxes: dict) -> Whole:
     """Full tensors put together from the boxes of all ranks, without torch.distributed.checkpoint; nan where nobody holds one."""
     mine = {name: (tuple(b.shape), [(tuple(o), v.clone()) for o, v in b.parts]) for name, b in boxes.items()}
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
     full: Whole = {}
-    for held in everyone:
+    for held in everywhere(mine):
         for name, (shape, parts) in held.items():
             whole = full.setdefault(name, torch.full(shape, float("nan")))
             for offset, values in parts:
@@ -127,12 +127,14 @@ def chain(layouts: list[Layout], bf16: bool) -> dict[str, Any]:
         for step in range(len(layouts)):
             engine.train_step(groups[step], NORMALIZERS[step], training_case.LR)
         unbroken = gathered(engine.state())
-    links, full, ce = [], None, None
+    links: list[dict[str, Any]] = []
+    full: Whole = {}
+    ce = torch.empty(0)
     for step, layout in enumerate(layouts):
         with engine_of(layout, bf16=bf16, seed=3 if step == 0 else 90 + step) as (engine, groups):
             probe = training_case.batches(micro_batch=1)[0][0].tensors()
-            link = {}
-            if full is not None and ce is not None:
+            link: dict[str, Any] = {}
+            if full:
                 hand_over(full, engine, step)
                 link["state kept"] = same(gathered(engine.state()), full)
                 link["forward off"] = off({"ce": engine.forward(probe).ce}, {"ce": ce})
@@ -159,7 +161,7 @@ def float32_sums(layout: Layout) -> dict[str, float]:
             alone.append(gathered(engine.local_gradients()))
             engine._apply(0.0)  # moments move, weights do not
     summed = alone.pop(0)
-    exact = {name: sum(one[name].double() for one in alone) for name in summed}
+    exact = {name: torch.stack([one[name].double() for one in alone]).sum(0) for name in summed}
     rounded = {}
     for name in summed:
         total = torch.zeros_like(summed[name], dtype=torch.bfloat16)
@@ -170,32 +172,43 @@ def float32_sums(layout: Layout) -> dict[str, float]:
 
 
 def skipped(layout: Layout, culprit: Callable[[Mesh], bool], parameter: str, bf16: bool = False) -> dict[str, Any]:
-    """A gradient that is not finite on one rank alone, in the second of three steps, against a run without that step."""
-    ends, verdicts, norms = [], [], []
-    for poisoned in (False, True):
-        with engine_of(layout, bf16=bf16) as (engine, groups):
-            engine.train_step(groups[0], NORMALIZERS[0], training_case.LR)
-            before = gathered(engine.state())
-            if poisoned:
-                hooks = [
-                    p.register_hook(lambda gradient: gradient * float("nan"))
-                    for chunk in engine.chunks
-                    for name, p in chunk.named_parameters()
-                    if name == parameter and culprit(engine.mesh)
-                ]
-                result = engine.train_step(groups[1], NORMALIZERS[1], training_case.LR)
-                for hook in hooks:
-                    hook.remove()
-                verdicts = [result.applied, bool(hooks), same(gathered(engine.state()), before)]
-            norms.append(engine.train_step(groups[2], NORMALIZERS[2], training_case.LR).grad_norm)
-            ends.append(gathered(engine.state()))
-    return {
-        "applied": verdicts[0],
-        "culprit": verdicts[1],
-        "unchanged": verdicts[2],
-        "goes on": same(*ends),
-        "norms": norms,
-    }
+    """A gradient that is not finite on one rank alone, between two backwards of the same microbatches."""
+    with engine_of(layout, bf16=bf16) as (engine, groups):
+
+        def gradients() -> Whole:
+            engine._backward(groups[2], NORMALIZERS[2])
+            found = gathered(engine.local_gradients())
+            engine._apply(0.0)  # moments move, weights do not
+            return found
+
+        first = gradients()
+        before, steps = gathered(engine.state()), adam_steps(engine)
+        hooks = [
+            p.register_hook(lambda gradient: gradient * float("nan"))
+            for chunk in engine.chunks
+            for name, p in chunk.named_parameters()
+            if name == parameter and culprit(engine.mesh)
+        ]
+        result = engine.train_step(groups[1], NORMALIZERS[1], training_case.LR)
+        for hook in hooks:
+            hook.remove()
+        return {
+            "applied": result.applied,
+            "culprits": sum(everywhere(len(hooks))),
+            "unchanged": same(gathered(engine.state()), before) and adam_steps(engine) == steps,
+            "gradients again": same(gradients(), first),
+            "goes on": engine.train_step(groups[0], NORMALIZERS[0], training_case.LR).applied,
+        }
+
+
+def adam_steps(engine: Any) -> list[float]:
+    return [float(state["step"]) for state in deepspeed_state.adam(engine._zero).state.values()]
+
+
+def everywhere(value: Any) -> list[Any]:
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
 
 
 def traffic(layout: Layout, micro_batch: int) -> dict[str, Any]:
@@ -226,7 +239,7 @@ def undisturbed(layout: Layout) -> bool:
     ends = []
     for looks in (False, True):
         with engine_of(layout) as (engine, groups):
-            for step in range(4):
+            for step in range(3):
                 if looks and step:
                     engine.forward(groups[step][0])
                 engine.train_step(groups[step], NORMALIZERS[step], training_case.LR)
@@ -234,60 +247,47 @@ def undisturbed(layout: Layout) -> bool:
     return same(*ends)
 
 
-def freed(layout: Layout) -> bool:
-    """Nothing keeps the model of a closed engine."""
-    with engine_of(layout) as (engine, groups):
-        engine.train_step(groups[0], NORMALIZERS[0], training_case.LR)
-        model = weakref.ref(engine.chunks[0])
-        values = (
-            weakref.ref(next(iter(engine.state().values())).parts[0][1].untyped_storage()) if engine.state() else None
-        )
-    del values, engine
-    gc.collect()
-    return model() is None
-
-
-def two_ranks() -> dict[str, Any]:
-    pipe = {"pipeline": 2}
-    looped = {"pipeline": 2, "schedule": "interleaved"}
+def two_ranks() -> dict[str, Callable[[], Any]]:
+    pipe: dict[str, Any] = {"pipeline": 2}
+    looped: dict[str, Any] = {"pipeline": 2, "schedule": "interleaved"}
+    alone: dict[str, Any] = {}
     stages = [Layout(zero_stage=z) for z in range(4)]
     full = [stages[3], stages[1], stages[0], stages[2], *(Layout(zero_stage=z, **pipe) for z in (3, 0, 2, 1))]
     half = [stages[3], stages[1], stages[2], *(Layout(zero_stage=z, **looped) for z in (3, 1, 2))]
-    return {
-        "chain": {"fp32": chain(full, False), "bf16": chain(half, True)},
-        "float32 sums": {
-            f"z{z} {name}": float32_sums(Layout(zero_stage=z, **fields))
-            for z in (1, 2, 3)
-            for name, fields in {"dp2": {}, "pp2": pipe, "pp2 interleaved": looped}.items()
-        },
-        "skipped": {
-            **{f"z{z} dp2": skipped(stages[z], lambda m: m.dp_rank == 1, "final_norm.weight") for z in range(4)},
-            **{
-                f"z{z} tp2": skipped(Layout(zero_stage=z, tensor=2), lambda m: m.tp_rank == 1, "blocks.1.q_proj.weight")
-                for z in range(4)
-            },
-            **{f"z{z} dp2 bf16": skipped(stages[z], lambda m: m.dp_rank == 1, "head.weight", True) for z in (1, 2, 3)},
-        },
-        "per layer": traffic(stages[3], 2),
-        "undisturbed": {"z3 dp2": undisturbed(stages[3]), "z3 pp2": undisturbed(Layout(**pipe))},
-        "freed": {f"z{lay.zero_stage} pp{lay.pipeline}": freed(lay) for lay in (*stages, Layout(**pipe))},
+    found: dict[str, Callable[[], Any]] = {
+        "chain fp32": lambda: chain(full, False),
+        "chain bf16": lambda: chain(half, True),
+        "per layer": lambda: traffic(stages[3], 2),
+        "undisturbed z3 dp2": lambda: undisturbed(stages[3]),
+        "undisturbed z3 pp2": lambda: undisturbed(Layout(**pipe)),
     }
-
-
-def four_ranks() -> dict[str, Any]:
-    stages = {f"z{z}": Layout(zero_stage=z, pipeline=2) for z in range(4)}
-    looped = Layout(pipeline=2, schedule="interleaved")
-    stages["z3 interleaved"] = looped
-    found: dict[str, Any] = {
-        "traffic": {name: {f"{micro}": traffic(layout, micro) for micro in (1, 2)} for name, layout in stages.items()},
-        "skipped": {
-            name: skipped(layout, lambda m: m.pp_rank == 1 and m.dp_rank == 1, "final_norm.weight")
-            for name, layout in stages.items()
-        },
-    }
-    with patch.object(deepspeed_fixes, "gathered_once", lambda zero, modules: contextlib.nullcontext()):
-        found["gathered by layer"] = traffic(stages["z3"], 1)
+    for z in (1, 2, 3):
+        for name, fields in {"dp2": alone, "pp2": pipe, "pp2 interleaved": looped}.items():
+            found[f"sums z{z} {name}"] = partial(float32_sums, Layout(zero_stage=z, **fields))
+    for z in range(4):
+        split = Layout(zero_stage=z, tensor=2)
+        found[f"skipped z{z} dp2"] = partial(skipped, stages[z], lambda m: m.dp_rank == 1, "final_norm.weight")
+        found[f"skipped z{z} tp2"] = partial(skipped, split, lambda m: m.tp_rank == 1, "blocks.1.q_proj.weight")
+        if z:
+            found[f"skipped z{z} bf16"] = partial(skipped, stages[z], lambda m: m.dp_rank == 1, "head.weight", True)
     return found
+
+
+def four_ranks() -> dict[str, Callable[[], Any]]:
+    stages = {f"z{z}": Layout(zero_stage=z, pipeline=2) for z in range(4)}
+    stages["z3 interleaved"] = Layout(pipeline=2, schedule="interleaved")
+    found: dict[str, Callable[[], Any]] = {}
+    for name, layout in stages.items():
+        found |= {f"traffic {name} x{4 // micro}": partial(traffic, layout, micro) for micro in (1, 2)}
+        found[f"skipped {name}"] = partial(
+            skipped, layout, lambda m: m.pp_rank == 1 and m.dp_rank == 1, "final_norm.weight"
+        )
+
+    def by_layer() -> dict[str, Any]:
+        with patch.object(deepspeed_fixes, "gathered_once", lambda zero, modules: contextlib.nullcontext()):
+            return traffic(stages["z3"], 1)
+
+    return found | {"traffic z3 x4 without gathered_once": by_layer}
 
 
 def main() -> None:
@@ -296,8 +296,11 @@ def main() -> None:
     mesh = build_mesh(timeout_seconds=60)
     rank, world = mesh.rank, mesh.world_size
     close_mesh()
-    found = {2: two_ranks, 4: four_ranks}[world]()
-    (Path(sys.argv[1]) / f"{world}-{rank}.json").write_text(json.dumps(found))
+    found = {}
+    for name, scenario in {2: two_ranks, 4: four_ranks}[world]().items():
+        if not sys.argv[2:] or name in sys.argv[2:]:
+            found[name] = scenario()
+    (Path(sys.argv[1]) / f"{world}-{rank}.json").write_text(json.dumps({**found, "kept": kept}))
     leave(0)
 
 

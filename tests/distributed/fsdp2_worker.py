@@ -15,19 +15,21 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel.boxes import Boxes
 from parallel.engine import AdamWOptions
 from parallel.engine_fsdp2 import Fsdp2Engine
 from parallel.grad_norm import global_grad_norm
-from parallel.layout import Layout
+from parallel.layout import SCHEDULES, Layout
 from parallel.mesh import Mesh, build_mesh, close_mesh, leave
 from parallel.shape import parameter_table
 from pretrain.model import build_chunks, model_shape
 from tests.distributed import matrix_case as case
 
-NORMALIZER = 50.0
+NORMALIZER = 50.3
+Fields = dict[str, Any]  # of a Layout, or options of `engine`
 
 
 def microbatches(count: int, seed: int, samples: int = 1) -> list[dict[str, torch.Tensor]]:
@@ -53,7 +55,7 @@ def microbatches(count: int, seed: int, samples: int = 1) -> list[dict[str, torc
 @contextmanager
 def engine(
     *,
-    accumulation: int = 4,
+    accumulation: int = 2,
     samples: int = 1,
     bf16: bool = False,
     compiled: bool = False,
@@ -119,57 +121,63 @@ class _Collectives(TorchDispatchMode):
 
 
 def traffic() -> dict[str, Any]:
-    """Gathers and reduces of one step, by layout, number of microbatches and precision; the bytes of this rank's parameters."""
+    """Gathers and reduces of one step, by layout and number of microbatches (2 in fp32, 4 in bf16); this rank's parameters."""
     found: dict[str, Any] = {}
-    for schedule in ("none", "gpipe", "1f1b", "interleaved", "interleaved_zb", "zbv"):
-        stages = {"pipeline": 2, "schedule": schedule} if schedule != "none" else {"tensor": 2}
-        for count, bf16 in ((4, False), (8, False), (8, True)):
-            with engine(accumulation=count, bf16=bf16, **stages) as made:
+    for schedule in ("none", *SCHEDULES):
+        fields: Fields = {"pipeline": 2, "schedule": schedule} if schedule != "none" else {}
+        for count, bf16 in ((2, False), (4, True)):
+            with engine(accumulation=count, bf16=bf16, **fields) as made:
                 batches = microbatches(count, seed=made.mesh.dp_rank)
                 made.train_step(batches, NORMALIZER, case.LR)  # the first one also sets up
                 with _Collectives() as seen:
                     made.train_step(batches, NORMALIZER, case.LR)
-                elements = sum(p.numel() for p in made._parameters.values())
-                found[f"{schedule} {count} {'bf16' if bf16 else 'fp32'}"] = {
-                    "calls": dict(seen.calls),
-                    "bytes": dict(seen.bytes),
-                    "elements": elements,
-                    "units": sum(1 for unit in made._units if list(unit.parameters(recurse=False)) or unit.children()),
-                }
+                sizes = {name: p.numel() for name, p in made._parameters.items()}
+                found[f"{schedule} x{count}"] = {"calls": dict(seen.calls), "bytes": dict(seen.bytes), "sizes": sizes}
     return found
 
 
 def float32_sums() -> dict[str, Any]:
-    """Under bf16: the gradient of eight microbatches at once, and of each one alone (the others weigh nothing)."""
+    """Under bf16: the gradient of four microbatches at once, and of each one alone (the others weigh nothing); their losses."""
     found: dict[str, Any] = {}
-    layouts: dict[str, dict] = {
-        "no pipeline": {"tensor": 2},
+    layouts: dict[str, Fields] = {
         "hybrid": {"shard_group": 2},
-        **{name: {"pipeline": 2, "schedule": name} for name in ("gpipe", "1f1b", "interleaved", "interleaved_zb", "zbv")},
+        **{name: {"pipeline": 2, "schedule": name} for name in ("1f1b", "interleaved_zb", "zbv")},
     }
     for name, fields in layouts.items():
-        with engine(accumulation=8, bf16=True, **fields) as made:
-            batches = microbatches(8, seed=made.mesh.dp_rank)
+        with engine(accumulation=4, bf16=True, **fields) as made:
+            batches = microbatches(4, seed=made.mesh.dp_rank)
+            angles: list[str] = []  # dtypes of cos and sin, as blocks get them
+            block = next(iter(made.chunks[0].blocks.values()))
+            block.register_forward_pre_hook(lambda _, given, seen=angles: seen.extend(str(x.dtype) for x in given[1:3]))
             alone = []
-            for i in range(8):
+            for i in range(4):
                 muted = [b | {"weight": b["weight"] * (j == i)} for j, b in enumerate(batches)]
                 alone.append(gradients(made, muted))
-            found[name] = {"together": gradients(made, batches), "alone": alone}
+            outputs = made._backward(batches, NORMALIZER)
+            found[name] = {
+                "together": plain(made.local_gradients()),
+                "alone": alone,
+                "losses": [o.loss for o in outputs],
+                "ce": [o.ce for o in outputs],
+                "masked weight": [b["weight"] * b["masked"] for b in batches],
+                "angles": sorted(set(angles)),
+            }
     return found
 
 
 def skipped_steps() -> dict[str, Any]:
     """A gradient that is not finite on one rank only: state before and after, and whether ranks skipped."""
     found: dict[str, Any] = {}
-    for name, fields in {
+    layouts: dict[str, Fields] = {
         "data parallel": {},
         "hybrid": {"shard_group": 2},
         "pipeline": {"pipeline": 2, "schedule": "1f1b"},
         "zero bubble": {"pipeline": 2, "schedule": "zbv"},
         "tensor": {"tensor": 2},
-    }.items():
+    }
+    for name, fields in layouts.items():
         with engine(**fields) as made:
-            batches = microbatches(4, seed=made.mesh.dp_rank)
+            batches = microbatches(2, seed=made.mesh.dp_rank)
             first = made.train_step(batches, NORMALIZER, case.LR)
             before, steps = plain(made.state()), _steps(made)
             if name == "tensor":  # a norm gain, which every tensor-parallel rank holds: only one of them is hit
@@ -177,7 +185,7 @@ def skipped_steps() -> dict[str, Any]:
             else:  # one microbatch of one data-parallel rank
                 spoiled = [dict(b) for b in batches]
                 if made.mesh.dp_rank == 1:
-                    spoiled[2]["weight"] = torch.full_like(spoiled[2]["weight"], torch.inf)
+                    spoiled[1]["weight"] = torch.full_like(spoiled[1]["weight"], torch.inf)
                 broken = made.train_step(spoiled, NORMALIZER, case.LR).applied
             after, steps_after = plain(made.state()), _steps(made)
             again = made.train_step(batches, NORMALIZER, case.LR)
@@ -185,7 +193,7 @@ def skipped_steps() -> dict[str, Any]:
                 "applied": [first.applied, broken, again.applied],
                 "unchanged": steps == steps_after and _same(before, after),
                 "moved": not _same(before, plain(made.state())),
-                "finite": again.grad_norm,
+                "norm": again.grad_norm,
             }
     return found
 
@@ -193,7 +201,9 @@ def skipped_steps() -> dict[str, Any]:
 def _broken_gain(made: Fsdp2Engine, batches: list) -> bool:
     made._backward(batches, NORMALIZER)
     if made.mesh.rank == 1:
-        made._parameters["final_norm.weight"].grad.to_local()[0] = torch.nan
+        gradient = made._parameters["final_norm.weight"].grad
+        assert isinstance(gradient, DTensor)
+        gradient.to_local()[0] = torch.nan
     return made._apply(case.LR)[1]
 
 
@@ -202,15 +212,14 @@ def _steps(made: Fsdp2Engine) -> list[float]:
 
 
 def _same(one: dict[str, list], other: dict[str, list]) -> bool:
-    return all(
-        torch.equal(a, b) for name in one for (_, a), (_, b) in zip(one[name], other[name], strict=True)
-    )
+    return all(torch.equal(a, b) for name in one for (_, a), (_, b) in zip(one[name], other[name], strict=True))
 
 
 def forwards_after_writes() -> dict[str, Any]:
     """Losses of a forward before and after `state()` is written, and after it is written back."""
     found: dict[str, Any] = {}
-    for name, fields in {"data parallel": {}, "pipeline": {"pipeline": 2}, "bf16": {"bf16": True}}.items():
+    layouts: dict[str, Fields] = {"data parallel": {}, "pipeline": {"pipeline": 2}, "bf16": {"bf16": True}}
+    for name, fields in layouts.items():
         with engine(**fields) as made:
             batch = microbatches(1, seed=made.mesh.dp_rank)[0]
             losses = [float(made.forward(batch).loss)]
@@ -219,12 +228,12 @@ def forwards_after_writes() -> dict[str, Any]:
                     for key, boxes in made.state().items():
                         for _, view in boxes.parts if key.startswith("weight/") else ():
                             view.mul_(factor)
-                made.state_written(0)
+                made.state_written(5)
                 losses.append(float(made.forward(batch).loss))
-            trained = made.train_step(microbatches(4, seed=7), NORMALIZER, 0.0)
+            trained = made.train_step(microbatches(2, seed=7), NORMALIZER, 0.0)
             found[name] = {"losses": losses, "norm": trained.grad_norm, "steps": _steps(made)}
         with engine(**fields) as made:
-            found[name]["norm of a fresh engine"] = made.train_step(microbatches(4, seed=7), NORMALIZER, 0.0).grad_norm
+            found[name]["norm of a fresh engine"] = made.train_step(microbatches(2, seed=7), NORMALIZER, 0.0).grad_norm
     return found
 
 
@@ -234,7 +243,7 @@ def dropped_weights() -> dict[str, Any]:
     for reshard in (False, True):
         with patch.object(Fsdp2Engine, "reshard_with_pipeline", reshard):
             with engine(pipeline=2, schedule="zbv") as made:
-                batches = microbatches(4, seed=made.mesh.dp_rank)
+                batches = microbatches(2, seed=made.mesh.dp_rank)
                 found["dropped" if reshard else "kept"] = gradients(made, batches)
     return found
 
@@ -242,7 +251,8 @@ def dropped_weights() -> dict[str, Any]:
 def uneven_shards() -> dict[str, Any]:
     """Four ranks share matrices of 50 rows: 13, 13, 13 and 11."""
     found: dict[str, Any] = {}
-    for name, fields in {"fp32": {}, "hybrid of 1": {"shard_group": 1}}.items():
+    layouts: dict[str, Fields] = {"shards": {}, "replicas of one shard": {"shard_group": 1}}
+    for name, fields in layouts.items():
         with engine(ffn=50, accumulation=1, samples=2, **fields) as made:
             batches = microbatches(1, seed=made.mesh.dp_rank, samples=2)
             made._backward(batches, NORMALIZER)
@@ -253,26 +263,18 @@ def uneven_shards() -> dict[str, Any]:
 
 
 def compiled_blocks() -> dict[str, Any]:
-    """The same step by compiled blocks and by plain ones: loss and gradients."""
+    """By plain blocks and by compiled ones: loss and gradients after one step, and how many graphs were compiled until then."""
     found: dict[str, Any] = {}
     for compiled in (False, True):
         with engine(compiled=compiled, accumulation=2) as made:
             batches = microbatches(2, seed=made.mesh.dp_rank)
             made.train_step(batches, NORMALIZER, case.LR)
-            if compiled:
-                torch._dynamo.utils.counters.clear()
-            loss = float(made.forward(batches[0]).loss)
             found["compiled" if compiled else "plain"] = {
-                "loss": loss,
+                "loss": float(made.forward(batches[0]).loss),
                 "gradients": gradients(made, batches),
-                "recompiled": int(torch._dynamo.utils.counters["stats"]["unique_graphs"]) if compiled else 0,
-                "compiled": bool(compiled and _is_compiled(made)),
+                "graphs": int(torch._dynamo.utils.counters["stats"]["unique_graphs"]),
             }
     return found
-
-
-def _is_compiled(made: Fsdp2Engine) -> bool:
-    return all(hasattr(block.compute, "_torchdynamo_orig_callable") for block in made.chunks[0].blocks.values())
 
 
 def norms() -> dict[str, Any]:

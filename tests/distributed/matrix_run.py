@@ -19,6 +19,8 @@ from tests.distributed.matrix import Cell
 
 # What is measured, and the largest relative error that counts as equal.
 BOUNDS = {"loss": 1e-6, "norm": 1e-6, "gradient": 1e-5, "weight": 1e-5, "moment": 1e-5}
+START_SECONDS = 400  # imports of many ranks on few cores
+NO_RESULT = "no result"
 
 
 @dataclass
@@ -29,6 +31,7 @@ class Outcome:
     mutant: Optional[str] = None
     errors: dict[str, float] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
+    hung: bool = False
     seconds: float = 0.0
 
 
@@ -41,17 +44,12 @@ def run_cells(
 ) -> list[Outcome]:
     """Each (cell, mutant) on as many ranks as it names, one launch for all that need the same number.
 
-    A cell that raises on a rank or takes longer than `cell_seconds` is recorded so; the launch is killed and another one
-    goes on behind it. timeout_seconds: of the ranks' collectives. heard: told every outcome as it comes.
+    A cell that raises on a rank or takes longer than `cell_seconds` (hung) is recorded so; the launch is killed and another
+    one goes on behind it. timeout_seconds: of the ranks' collectives. heard: told every outcome as it comes.
     """
     outcomes: dict[int, Outcome] = {}
     for world in sorted({cell.world for cell, _ in cells}):
-        # Without a pipeline first: ZeRO-3 compares module numbers over the ranks, and counts modules for the life of a process,
-        # which after a pipeline's uneven stages differ.
-        pending = sorted(
-            (i for i, (cell, _) in enumerate(cells) if cell.world == world),
-            key=lambda i: cells[i][0].layout.pipeline > 1,
-        )
+        pending = [i for i, (cell, _) in enumerate(cells) if cell.world == world]
         while pending:
             with tempfile.TemporaryDirectory() as folder:
                 solved = {}
@@ -76,10 +74,13 @@ def _launch(
     (folder / "cells.json").write_text(json.dumps({"cells": listed, "timeout_seconds": timeout_seconds}))
     ranks = launch.start("tests.distributed.matrix_worker", [str(folder)], world)
     try:
+        started = _wait_for(folder, "ready", ranks, START_SECONDS)
+        if started:
+            raise RuntimeError(f"{world} ranks did not start: {started}")
         for index in pending:
             began = time.monotonic()
-            said = _wait_for(folder, index, ranks, cell_seconds + (60 if index == pending[0] else 0))
-            outcome = Outcome(*cells[index], wrong=[said])
+            said = _wait_for(folder, str(index), ranks, cell_seconds)
+            outcome = Outcome(*cells[index], wrong=[said], hung=said.startswith(NO_RESULT))
             if not said:
                 outcome = compare(*cells[index], _read(folder, index, world))
             outcome.seconds = time.monotonic() - began
@@ -104,20 +105,20 @@ def _plain(index: int, cell: Cell, mutant: Optional[str]) -> dict[str, Any]:
     }
 
 
-def _wait_for(folder: Path, index: int, ranks: list, seconds: float) -> str:
-    """Waits until every rank has written cell `index`: "", or how it failed."""
+def _wait_for(folder: Path, index: str, ranks: list, seconds: float) -> str:
+    """Waits until every rank has written FOLDER/INDEX-RANK.pt: "", or how it failed."""
     deadline = time.monotonic() + seconds
     while not all((folder / f"{index}-{rank}.pt").exists() for rank in range(len(ranks))):
         if any(p.poll() is not None for p in ranks):
             time.sleep(0.5)  # a rank that raised is at once followed by peers that lost it: the first cause is on disk
             return _first_error(folder, index) or _last_words(folder, [p.poll() for p in ranks])
         if time.monotonic() > deadline:
-            return _first_error(folder, index) or f"no result after {seconds:.0f} s"
+            return _first_error(folder, index) or f"{NO_RESULT} after {seconds:.0f} s"
         time.sleep(0.02)
     return ""
 
 
-def _first_error(folder: Path, index: int) -> str:
+def _first_error(folder: Path, index: str) -> str:
     errors = sorted(folder.glob(f"{index}-*.error"), key=lambda path: path.stat().st_mtime_ns)
     return f"raised: {errors[0].read_text().strip()}" if errors else ""
 

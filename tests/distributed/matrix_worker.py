@@ -26,7 +26,7 @@ from parallel.boxes import Boxes
 from parallel.engine import AdamWOptions
 from parallel.engines import build_engine
 from parallel.layout import Layout
-from parallel.mesh import build_mesh, close_mesh, leave
+from parallel.mesh import build_mesh, leave
 from pretrain import metrics
 from pretrain.model import build_chunks
 from tests.distributed import matrix_case as case
@@ -81,18 +81,7 @@ def solve(cell: dict[str, Any], timeout_seconds: int) -> dict[str, Any]:
     del engine
     gc.collect()
     dist.barrier()
-    close_mesh()
-    _drop_groups()
     return found
-
-
-def _drop_groups() -> None:
-    """Ends every process group but the world's: each keeps threads, and dozens of cells would leave thousands of them."""
-    world = dist.distributed_c10d._world
-    for group in list(world.pg_map):
-        if group is not dist.group.WORLD and group in world.pg_map:  # ending one may end another
-            dist.destroy_process_group(group)
-    gc.collect()
 
 
 def _observe_gradients(engine: Any) -> list[dict[str, list]]:
@@ -106,6 +95,13 @@ def _observe_gradients(engine: Any) -> list[dict[str, list]]:
 
     engine._apply = observed
     return seen
+
+
+def import_engines() -> None:
+    """What the first cell would otherwise wait for."""
+    from parallel import engine_deepspeed, engine_fsdp2  # noqa: F401
+
+    engine_deepspeed.import_deepspeed()
 
 
 def _end_with(parent: int) -> None:
@@ -125,6 +121,8 @@ def main() -> None:
     said = os.open(folder / f"said-{rank}", os.O_WRONLY | os.O_CREAT)  # a pipe that nobody empties would block
     os.dup2(said, 1)
     os.dup2(said, 2)
+    import_engines()
+    (folder / f"ready-{rank}.pt").touch()
     for cell in task["cells"]:
         target = folder / f"{cell['index']}-{rank}.pt"
         try:
