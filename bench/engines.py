@@ -45,7 +45,8 @@ def last_line(error: Exception) -> str:
 
 
 def cell(volume: dict[str, int]) -> str:
-    return f"{volume['calls']}: {volume['bytes'] / MIB:.4g}" if volume["calls"] else "-"
+    size = volume["bytes"] / MIB
+    return f"{volume['calls']}: {f'{size:.4g}' if size >= 0.001 else '<0.001'}" if volume["calls"] else "-"
 
 
 def fill_layouts(table: Table, name: str, figures: Figures) -> None:

@@ -247,6 +247,17 @@ def undisturbed(layout: Layout) -> bool:
     return same(*ends)
 
 
+def remembered() -> int:
+    """How many models outlive their engine when DeepSpeed is not told to forget them."""
+    before = len(kept)
+    with patch.object(deepspeed_fixes, "forget", lambda module: None), engine_of(Layout()) as (engine, groups):
+        for step in range(3):
+            engine.train_step(groups[step], NORMALIZERS[step], training_case.LR)
+    found = len(kept) - before
+    del kept[before:]
+    return found
+
+
 def two_ranks() -> dict[str, Callable[[], Any]]:
     pipe: dict[str, Any] = {"pipeline": 2}
     looped: dict[str, Any] = {"pipeline": 2, "schedule": "interleaved"}
@@ -264,6 +275,13 @@ def two_ranks() -> dict[str, Callable[[], Any]]:
     for z in (1, 2, 3):
         for name, fields in {"dp2": alone, "pp2": pipe, "pp2 interleaved": looped}.items():
             found[f"sums z{z} {name}"] = partial(float32_sums, Layout(zero_stage=z, **fields))
+
+    def rounded_sums() -> dict[str, float]:
+        with patch.object(deepspeed_fixes, "accumulate_in_float32", lambda parameters: None):
+            return float32_sums(Layout(pipeline=2))
+
+    found["sums z3 pp2 without accumulate_in_float32"] = rounded_sums
+    found["kept without forget"] = remembered
     for z in range(4):
         split = Layout(zero_stage=z, tensor=2)
         found[f"skipped z{z} dp2"] = partial(skipped, stages[z], lambda m: m.dp_rank == 1, "final_norm.weight")

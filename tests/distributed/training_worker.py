@@ -17,10 +17,10 @@ import torch.distributed as dist
 from parallel import checkpoint
 from parallel.engine import AdamWOptions, model_inputs
 from parallel.engine_deepspeed import DeepSpeedEngine
-from parallel.mesh import build_mesh
+from parallel.layout import Layout
+from parallel.mesh import build_mesh, leave
 from pretrain.metrics import sum_over_ranks
-from pretrain.model import build_model, model_shape
-from pretrain.train import leave
+from pretrain.model import build_chunks, model_shape
 from tests.distributed import training_case as case
 
 
@@ -29,11 +29,11 @@ def main() -> None:
     tensor, folder, flags = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     mesh = build_mesh(tensor, timeout_seconds=60)
     config = replace(case.MODEL, tie_embeddings="tied" in flags)
-    recompute = "full" if "checkpointing" in flags else "none"
+    layout = Layout(tensor=tensor, activation_checkpointing="full" if "checkpointing" in flags else "none")
     normalizers = case.normalizer(case.batches())
     groups = case.batches(mesh.dp_rank, mesh.dp)
 
-    model = build_model(config, mesh, case.SEED, recompute)
+    (model,) = build_chunks(config, mesh, layout, case.SEED)
     denominator = torch.tensor(normalizers[0], dtype=torch.float64)
     for batch in groups[0]:
         model(**model_inputs(batch.tensors(), mesh.device, denominator)).loss.backward()
@@ -43,12 +43,14 @@ def main() -> None:
     if "compile" in flags:
         model.compile_blocks()
     engine = DeepSpeedEngine(
-        model,
+        [model],
         model_shape(config),
         mesh,
+        layout,
         optimizer=AdamWOptions("torch", case.BETAS, case.EPS, case.DECAY),
         micro_batch_size=case.MICRO_BATCH,
         accumulation=case.GLOBAL_BATCH // mesh.dp // case.MICRO_BATCH,
+        sequence_length=case.LENGTH,
         grad_clip=case.CLIP,
         bf16="bf16" in flags,
     )
