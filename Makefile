@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install install-dev quickstart test lint bench-loss clean
+.PHONY: help install install-dev quickstart test parity lint bench-loss bench-engines bench-checkpoint clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -36,6 +36,10 @@ test: install-dev                 ## every test
 	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest
 
+parity: install-dev              ## every parity cell and planted fault, the heavier proofs; rewrites docs/parity.md
+	$(BIN)/python -m tests.distributed.parity_table
+	$(BIN)/python -m pytest -m parity
+
 lint: install-dev                 ## ruff and mypy
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
@@ -43,6 +47,12 @@ lint: install-dev                 ## ruff and mypy
 
 bench-loss: install               ## the loss beside its rivals, one table
 	$(BIN)/python bench/loss.py
+
+bench-engines: install            ## engines and layouts beside plain DDP: time, bytes, an engine's own overhead
+	$(BIN)/python bench/engines.py
+
+bench-checkpoint: install         ## seconds and extra memory of a save, beside torch.save
+	$(BIN)/python bench/checkpoint.py
 
 clean:                            ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -105,17 +105,17 @@ def best_micro_batch(tables: Sequence[Table]) -> Optional[int]:
 
 
 def overhead(tables: Sequence[Table]) -> Optional[Table]:
-    """What the engine costs over the yardstick at equal micro batch; None if part c was not asked for."""
+    """What the engines cost over the yardstick at equal micro batch; None if part c was not asked for."""
     steps = [t for t in tables if t.key.startswith("step.")]
     if not steps:
         return None
     step = {(*t.key.split(".")[1:], r["micro"]): r for t in steps for r in t.rows.values() if r["status"] == "ok"}
-    pairs = [(mode, micro) for engine, mode, micro in step if engine == "deepspeed" and ("plain", mode, micro) in step]
-    labels = [f"{mode}, micro batch {micro}" for mode, micro in pairs] or ["any micro batch"]
+    pairs = [(e, mode, micro) for e, mode, micro in step if e != "plain" and ("plain", mode, micro) in step]
+    labels = [f"{engine}, {mode}, micro batch {micro}" for engine, mode, micro in pairs] or ["any micro batch"]
     columns = ("engine ms", "yardstick ms", "overhead")
-    table = Table.planned("overhead", "(c) the engine beside the yardstick", columns, labels)
-    for (mode, micro), label in zip(pairs, labels, strict=False):
-        ours, plain = step["deepspeed", mode, micro]["step ms"], step["plain", mode, micro]["step ms"]
+    table = Table.planned("overhead", "(c) the engines beside the yardstick", columns, labels)
+    for (engine, mode, micro), label in zip(pairs, labels, strict=False):
+        ours, plain = step[engine, mode, micro]["step ms"], step["plain", mode, micro]["step ms"]
         table.fill(label, {
             "engine ms": ours, "yardstick ms": plain, "overhead": f"{ours['median_s'] / plain['median_s'] - 1:+.1%}",
         })  # fmt: skip

@@ -75,9 +75,9 @@ class Task:
 
 # In this order. The eager step on the engine also searches the micro batch that the compiled ones then use.
 TASKS = (
-    Task("a", 130), Task("b", 55), Task("d", 65),
-    Task("c.deepspeed.eager", 55), Task("c.plain.eager", 45),
-    Task("c.deepspeed.compiled", 70), Task("c.plain.compiled", 60),
+    Task("a", 110), Task("b", 50), Task("d", 50),
+    Task("c.deepspeed.eager", 50), Task("c.fsdp2.eager", 40), Task("c.plain.eager", 40),
+    Task("c.deepspeed.compiled", 55), Task("c.fsdp2.compiled", 45), Task("c.plain.compiled", 40),
 )  # fmt: skip
 
 
@@ -189,6 +189,7 @@ def _plan_step(task: Task, sizes: Sizes) -> list[Table]:
     _, engine, mode = task.name.split(".")
     trainer = {
         "deepspeed": "DeepSpeed engine, ZeRO stage 3 on 1 device",
+        "fsdp2": "FSDP2 engine on 1 device",
         "plain": "yardstick: bf16 model, fp32 masters, torch fused AdamW",
     }[engine]
     model = "the model of configs/llada_1b.yaml"

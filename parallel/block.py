@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from megatron.core import ModelParallelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from megatron.core.tensor_parallel import layers as megatron_layers
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from torch import Tensor, nn
 
 from parallel.attention import attention, rotate
@@ -23,16 +25,6 @@ from parallel.mesh import Mesh
 from parallel.recompute import recomputed
 from parallel.sequence import gather_sequence, join_sequence, scatter_sequence
 from parallel.shape import ModelShape
-
-
-def _tensor_parallel_group(tp_group=None, is_expert: bool = False, check_initialized: bool = True):
-    """megatron-core's look-up of a group, without its warning on rank 0 and without a global one to fall back on."""
-    return tp_group
-
-
-# Its row-parallel linear does not pass its group on, so every forward warns; torch.compile breaks the graph at a warning,
-# five times a block, and on rank 0 alone.
-megatron_layers.get_tensor_model_parallel_group_if_none = _tensor_parallel_group
 
 
 def _unused_init(weight: Tensor) -> None:
@@ -62,20 +54,26 @@ def _column(inputs: int, outputs: int, mesh: Mesh) -> ColumnParallelLinear:
     )
 
 
-def _row(inputs: int, outputs: int, mesh: Mesh, sequence_parallel: bool) -> RowParallelLinear:
-    linear = RowParallelLinear(
+def _row(inputs: int, outputs: int, mesh: Mesh) -> RowParallelLinear:
+    return RowParallelLinear(
         inputs,
         outputs,
         config=_layer_config(mesh),
         init_method=_unused_init,
         bias=False,
         input_is_parallel=True,
-        skip_bias_add=sequence_parallel,
+        skip_bias_add=False,
         tp_group=mesh.tp_group,
     )
-    if sequence_parallel:  # its own all-reduce off: the block scatters the ranks' parts instead
-        linear.explicit_expert_comm = True
-    return linear
+
+
+def _project(x: Tensor, linear: ColumnParallelLinear | RowParallelLinear) -> Tensor:
+    """This rank's part of a tensor-parallel linear.
+
+    megatron-core's own forward is not used: its custom backward computes both gradients whenever it is asked for one, so a
+    backward that is split in two (zero bubble) would do all the work twice; and torch.compile breaks the graph in it.
+    """
+    return F.linear(x, linear.weight)
 
 
 class RMSNorm(nn.Module):
@@ -124,11 +122,11 @@ class TransformerBlock(nn.Module):
         self.q_proj = _column(h, shape.num_heads * d, mesh)
         self.k_proj = _column(h, shape.num_kv_heads * d, mesh)
         self.v_proj = _column(h, shape.num_kv_heads * d, mesh)
-        self.o_proj = _row(shape.num_heads * d, h, mesh, sequence_parallel)
+        self.o_proj = _row(shape.num_heads * d, h, mesh)
         self.ffn_norm = RMSNorm(shape, mesh, sequence_parallel)
         self.gate_proj = _column(h, shape.ffn_hidden_size, mesh)
         self.up_proj = _column(h, shape.ffn_hidden_size, mesh)
-        self.down_proj = _row(shape.ffn_hidden_size, h, mesh, sequence_parallel)
+        self.down_proj = _row(shape.ffn_hidden_size, h, mesh)
         # What runs; parameter gathering hooks stay outside of it. `compile` replaces it by its compiled form.
         self.compute = recomputed(self._compute, recompute)
 
@@ -146,19 +144,22 @@ class TransformerBlock(nn.Module):
         return copy_to_tensor_model_parallel_region(x, group=self.tp_group) if self.tp_group else x
 
     def _leave(self, x: Tensor) -> Tensor:
-        """Out of it. Without sequence parallelism the row-parallel linear has already summed over the ranks."""
-        return scatter_sequence(x, self.sequence_group) if self.sequence_group else x
+        """Out of it: the sum over the ranks, whole or this rank's share."""
+        if self.sequence_group:
+            return scatter_sequence(x, self.sequence_group)
+        return reduce_from_tensor_model_parallel_region(x, group=self.tp_group) if self.tp_group else x
 
     def _heads(self, x_BLC: Tensor) -> Tensor:
         return x_BLC.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def _compute(self, x_BLH: Tensor, cos: Tensor, sin: Tensor, document_ids_BL: Optional[Tensor]) -> Tensor:
         y = self._enter(self.attention_norm(x_BLH))
-        q_BNLD, k_BKLD, v_BKLD = (self._heads(proj(y)[0]) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q_BNLD, k_BKLD, v_BKLD = (self._heads(_project(y, w)) for w in (self.q_proj, self.k_proj, self.v_proj))
         a_BNLD = attention(rotate(q_BNLD, cos, sin), rotate(k_BKLD, cos, sin), v_BKLD, document_ids_BL)
-        x_BLH = x_BLH + self._leave(self.o_proj(a_BNLD.transpose(1, 2).flatten(2))[0])
+        x_BLH = x_BLH + self._leave(_project(a_BNLD.transpose(1, 2).flatten(2), self.o_proj))
         y = self._enter(self.ffn_norm(x_BLH))
-        return x_BLH + self._leave(self.down_proj(F.silu(self.gate_proj(y)[0]) * self.up_proj(y)[0])[0])
+        gated = F.silu(_project(y, self.gate_proj)) * _project(y, self.up_proj)
+        return x_BLH + self._leave(_project(gated, self.down_proj))
 
 
 def vocab_embedding(shape: ModelShape, mesh: Mesh) -> VocabParallelEmbedding:

@@ -136,9 +136,7 @@ class DeepSpeedEngine:
             ),
             mpu=_ModelParallelUnit(mesh),
             dist_init_required=False,
-            config=_config(
-                list(self._parameters.values()), layout, mesh, micro_batch_size, accumulation, grad_clip, bf16
-            ),
+            config=_config(list(self._parameters.values()), layout, micro_batch_size, accumulation, grad_clip, bf16),
         )
         self._zero = self._engine.optimizer
         self._check_sub_groups()
@@ -290,7 +288,6 @@ class DeepSpeedEngine:
 def _config(
     parameters: Sequence[nn.Parameter],
     layout: Layout,
-    mesh: Mesh,
     micro: int,
     accumulation: int,
     grad_clip: float,
@@ -298,8 +295,8 @@ def _config(
 ) -> dict[str, Any]:
     largest = max(p.numel() for p in parameters)
     total = sum(p.numel() for p in parameters)
-    # The contiguous buffer is of the weights' type: float32 sums would be rounded to bf16 on their way through it.
-    rounding_buffer = bf16 and layout.zero_stage >= 2 and (mesh.pp > 1 or layout.zero_stage == 2)
+    # ZeRO-2's contiguous buffer is of the weights' type: float32 sums would be rounded to bf16 on their way through it.
+    rounding_buffer = bf16 and layout.zero_stage == 2
     return {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from parallel.layout import ZERO_BUBBLE, Layout
+from parallel.layout import Layout
 from parallel.layout_rules import Case
 
 
@@ -24,7 +24,6 @@ def features(case: Case) -> set[tuple[str, str]]:
     """(engine kind, feature) of what a legal case uses beside its class: the matrix has a cell of every such pair."""
     layout = case.layout
     recompute = layout.activation_checkpointing
-    split = case.pipelined and layout.schedule in ZERO_BUBBLE
     used = {
         "data parallel": case.dp > 1,
         "data x tensor parallel": case.dp > 1 and layout.tensor > 1,
@@ -35,7 +34,6 @@ def features(case: Case) -> set[tuple[str, str]]:
         "one microbatch": case.accumulation == 1,
         "accumulation": case.accumulation > 1,
         f"recompute {recompute}": recompute != "none",
-        f"recompute {recompute}, {layout.schedule}": recompute != "none" and split,
         "hybrid shards": layout.shard_group not in (0, case.dp),
         "hybrid shards x pipeline parallel": layout.shard_group not in (0, case.dp) and case.pipelined,
         "tied embeddings": case.shape.tie_embeddings,

@@ -310,11 +310,11 @@ RULES: tuple[Rule, ...] = (
         _to({"train.compile": False}),
     ),
     Rule(
-        "zero bubble keeps no attention outputs",
+        "zero bubble recomputes nothing",
         ("parallel.schedule", "parallel.activation_checkpointing"),
-        lambda c: c.pipelined and c.layout.schedule in ZERO_BUBBLE and c.layout.activation_checkpointing == "selective",
-        "the two halves of a split backward recompute a block twice, and torch lets what `selective` keeps be used once",
-        _to({"parallel.activation_checkpointing": "full"}),
+        lambda c: c.pipelined and c.layout.schedule in ZERO_BUBBLE and c.layout.activation_checkpointing != "none",
+        "a split backward would recompute a block for each of its weights, three times the work that the schedule saves",
+        _to({"parallel.schedule": "interleaved"}, {"parallel.activation_checkpointing": "none"}),
     ),
     # The batch.
     Rule(

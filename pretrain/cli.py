@@ -122,6 +122,9 @@ def _checkpoint(arguments: Sequence[str]) -> int:
         "inspect": "checkpoint inspect: what a checkpoint holds: step, samples, who wrote it, every tensor",
         "verify": "checkpoint verify: reads every byte of a checkpoint, or of all of a run; exit code 2 if one is bad",
     }
+    if what in ("-h", "--help"):
+        print("\n".join(descriptions.values()))
+        return 0
     if what not in descriptions:
         raise InputError("checkpoint: say `checkpoint inspect PATH` or `checkpoint verify PATH`")
     parser = _parser(descriptions[what])

@@ -205,6 +205,11 @@ def _check_apex(config: Config) -> None:
         if config.model.norm_impl == "apex":
             require_apex("model.norm_impl")
         if config.optimizer.impl == "apex":
+            if config.parallel.engine == "fsdp2":
+                raise ValueError(
+                    "optimizer.impl apex: its FusedAdam cannot step the sharded parameters of parallel.engine fsdp2; set "
+                    "optimizer.impl=torch or parallel.engine=deepspeed"
+                )
             require_apex("optimizer.impl")
     except ValueError as error:
         raise InputError(str(error)) from None

@@ -58,7 +58,7 @@ def test_the_smoke_run_gives_every_planned_row_figures_or_a_printed_reason_and_f
     chosen = best_micro_batch(tables)
     rates = {r["micro"]: r["tokens/s"] for r in found["step.deepspeed.eager"].rows.values()}
     assert rates[chosen] == max(rates.values())
-    for engine in ("deepspeed", "plain"):
+    for engine in ("deepspeed", "fsdp2", "plain"):
         assert [r["micro"] for r in found[f"step.{engine}.compiled"].rows.values()] == [chosen]
 
 
@@ -258,6 +258,6 @@ def test_the_overhead_compares_equal_micro_batches_only():
         return table
 
     table = overhead([steps("deepspeed", {2: 1.1, 4: 3.0}), steps("plain", {4: 2.0, 8: 9.0})])
-    assert {label: row["overhead"] for label, row in table.rows.items()} == {"eager, micro batch 4": "+50.0%"}
+    assert {label: row["overhead"] for label, row in table.rows.items()} == {"deepspeed, eager, micro batch 4": "+50.0%"}
     assert "not run" in json.dumps(overhead([steps("plain", {4: 2.0})]).rows)
     assert overhead([]) is None

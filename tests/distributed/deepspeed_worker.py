@@ -132,8 +132,12 @@ def chain(layouts: list[Layout], bf16: bool) -> dict[str, Any]:
     ce = torch.empty(0)
     for step, layout in enumerate(layouts):
         with engine_of(layout, bf16=bf16, seed=3 if step == 0 else 90 + step) as (engine, groups):
-            probe = training_case.batches(micro_batch=1)[0][0].tensors()
+            probe = max((b.tensors() for b in training_case.batches(micro_batch=1)[0]), key=lambda m: m["masked"].sum())
             link: dict[str, Any] = {}
+            if not full:
+                drawn = training_case.full_weights(model_shape(MODEL))
+                begun = {n: t for n, t in gathered(engine.state()).items() if n.startswith("weight/")}
+                link["drawn"] = same(begun, {f"weight/{n}": w.detach().float() for n, w in drawn.items()})
             if full:
                 hand_over(full, engine, step)
                 link["state kept"] = same(gathered(engine.state()), full)

@@ -73,12 +73,13 @@ def _one_stage(kind: str) -> list[Cell]:
 
 
 def _pipelined(kind: str, schedule: str) -> list[Cell]:
-    """One schedule in every tensor mode; with recomputation, which the zero-bubble schedules do once for each half."""
+    """One schedule in every tensor mode, with recomputation where it may have it."""
     common: dict[str, Any] = {"pipeline": 2, "schedule": schedule}
+    recompute = {} if schedule in ZERO_BUBBLE else {"activation_checkpointing": "full"}
     return [
         Cell(4, _layout(kind, **common)),
         Cell(4, _layout(kind, **common, tensor=2), micro_batch=2),
-        Cell(4, _layout(kind, **common, **SP, activation_checkpointing="full"), micro_batch=2),
+        Cell(4, _layout(kind, **common, **SP, **recompute), micro_batch=2),
     ]
 
 

@@ -123,7 +123,7 @@ def sequence_parallel_head_gradient_summed_twice():
 @mutant(
     "the backward pass recomputes a block from other inputs",
     "z3 sp2 recompute full x2",
-    "fsdp2 pp2 sp2 zbv recompute full x4",
+    "fsdp2 pp2 sp2 interleaved recompute full x4",
 )
 def recompute_from_other_inputs():
     from parallel import recompute

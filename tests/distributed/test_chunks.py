@@ -32,7 +32,6 @@ CELLS: dict[int, dict[str, dict]] = {
         "interleaved": {"pipeline": 2, "schedule": "interleaved", "activation_checkpointing": "full"},
         "interleaved_zb": {"pipeline": 2, "schedule": "interleaved_zb"},
         "zbv": {"pipeline": 2, "schedule": "zbv"},
-        "zbv, full": {"pipeline": 2, "schedule": "zbv", "activation_checkpointing": "full"},
     },
     4: {
         "1f1b sp2": {"pipeline": 2, **SP},

@@ -57,7 +57,7 @@ def main() -> None:
     steps = []
     for group, count in zip(groups, normalizers):
         result = engine.train_step([b.tensors() for b in group], count, case.LR)
-        loss = sum_over_ranks(sum(o.loss.double() for o in result.outputs).reshape(1), mesh)
+        loss = sum_over_ranks(torch.stack([o.loss.double() for o in result.outputs]).sum().reshape(1), mesh)
         steps.append({"loss": float(loss), "norm": result.grad_norm, "applied": result.applied})
     checkpoint.save(folder / "checkpoints", len(steps), engine.state(), {"layout": [mesh.dp, mesh.tp]})
 

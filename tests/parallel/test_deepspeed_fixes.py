@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHAPE = ModelShape(num_layers=1, hidden_size=8, num_heads=2, num_kv_heads=2, ffn_hidden_size=8, vocab_size=10)
 
 
-def build(layout: Layout, **mesh: int) -> DeepSpeedEngine:
+def build(layout: Layout, **mesh: Any) -> DeepSpeedEngine:
     return DeepSpeedEngine(
         [],
         SHAPE,

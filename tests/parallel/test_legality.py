@@ -142,7 +142,7 @@ EXAMPLES: dict[str, tuple[Case, tuple[str, ...], str]] = {
         ("schedule zbv", "compile true"),
         "train.compile false",
     ),
-    "zero bubble keeps no attention outputs": (
+    "zero bubble recomputes nothing": (
         case(
             layout={
                 "pipeline": 2,
@@ -152,7 +152,7 @@ EXAMPLES: dict[str, tuple[Case, tuple[str, ...], str]] = {
             }
         ),
         ("schedule interleaved_zb", "activation_checkpointing selective"),
-        "parallel.activation_checkpointing full",
+        "parallel.schedule interleaved",
     ),
     "the batch divides": (
         case(world=3),
