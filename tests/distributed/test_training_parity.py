@@ -1,4 +1,7 @@
-"""Every layout trains like one process: losses, every gradient, norms, weights and Adam moments after 20 clipped steps."""
+"""Twenty clipped steps end where one float64 process ends: losses, norms, weights and Adam moments; NaN changes nothing.
+
+The parity matrix takes three steps at every kind of layout; here a few go further, one of them compiled.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,7 @@ from tests.distributed.launch import run
 
 # name: (ranks, tensor-parallel ranks, flags)
 LAYOUTS = {
-    "dp1": (1, 1, ()),
-    "dp2": (2, 1, ("checkpointing",)),
-    "tp2": (2, 2, ()),
-    "dp2 tp2, tied embeddings": (4, 2, ("tied",)),
+    "dp2 tp2, tied embeddings": (4, 2, ("tied", "checkpointing")),
     "dp1 compiled": (1, 1, ("compile",)),
 }
 
