@@ -30,11 +30,11 @@ install-dev: $(VENV)/.installed-dev
 quickstart: install               ## real text -> shards -> training on 2 ranks -> resume -> samples -> plot
 	$(BIN)/python -m pretrain quickstart
 
-test: install-dev                 ## every test
+test: install-dev                 ## the tests; `make parity` runs the heavier ones
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not parity"
 
 parity: install-dev              ## every parity cell and planted fault, the heavier proofs; rewrites docs/parity.md
 	$(BIN)/python -m tests.distributed.parity_table

@@ -148,10 +148,6 @@ def _group(ranks: torch.Tensor, axes: list[int], rank: int, timeout: timedelta) 
     return mine
 
 
-def close_mesh() -> None:
-    """Nothing to do."""
-
-
 def leave(code: int) -> NoReturn:
     """Ends a distributed process: gloo aborts in the interpreter's own shutdown while a group is alive."""
     if dist.is_initialized() and code == 0:

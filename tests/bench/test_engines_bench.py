@@ -18,6 +18,8 @@ from parallel.shape import parameter_table
 from pretrain.model import model_shape
 from tests.distributed import launch
 
+pytestmark = pytest.mark.parity
+
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = Sizes(ranks=2, hidden=32, layers=4, sequence=16, micro_batch=1, accumulation=2, vocab=512, steps=2)
 FLOAT = 4  # bytes

@@ -23,6 +23,7 @@ from bench.gpu_step import predicted_peak
 from bench.tables import Table, read_tables
 from bench.timing import time_phases
 
+pytestmark = pytest.mark.parity
 ROOT = Path(__file__).resolve().parents[2]
 PLANNED = {t.key: t for task in TASKS for t in plan(task, SMOKE)}
 
@@ -258,6 +259,8 @@ def test_the_overhead_compares_equal_micro_batches_only():
         return table
 
     table = overhead([steps("deepspeed", {2: 1.1, 4: 3.0}), steps("plain", {4: 2.0, 8: 9.0})])
-    assert {label: row["overhead"] for label, row in table.rows.items()} == {"deepspeed, eager, micro batch 4": "+50.0%"}
+    assert {label: row["overhead"] for label, row in table.rows.items()} == {
+        "deepspeed, eager, micro batch 4": "+50.0%"
+    }
     assert "not run" in json.dumps(overhead([steps("plain", {4: 2.0})]).rows)
     assert overhead([]) is None

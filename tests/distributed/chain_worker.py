@@ -16,7 +16,7 @@ from parallel import checkpoint
 from parallel.engine import AdamWOptions, Engine
 from parallel.engines import build_engine
 from parallel.layout import Layout
-from parallel.mesh import build_mesh, close_mesh, leave
+from parallel.mesh import build_mesh, leave
 from pretrain.metrics import sum_over_ranks
 from pretrain.model import build_chunks, model_shape
 from tests.distributed import chunks_case, training_case
@@ -65,7 +65,6 @@ def run_leg(folder: Path, name: str, leg: dict) -> None:
     if mesh.rank == 0:
         (folder / f"{name}.json").write_text(json.dumps(losses))
     engine.close()
-    close_mesh()
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import torch
 
 from parallel.engine import model_inputs
 from parallel.layout import Layout
-from parallel.mesh import build_mesh, close_mesh, leave
+from parallel.mesh import build_mesh, leave
 from parallel.pipeline import Pipeline
 from pretrain.model import build_chunks
 from tests.distributed import chunks_case as case
@@ -57,7 +57,6 @@ def run_cell(layout: Layout) -> dict:
         "alone": alone.ce,
         "logits": logits,
     }
-    close_mesh()
     return result
 
 

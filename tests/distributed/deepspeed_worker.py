@@ -23,7 +23,7 @@ from parallel import deepspeed_fixes, deepspeed_state
 from parallel.engine import AdamWOptions
 from parallel.engine_deepspeed import DeepSpeedEngine
 from parallel.layout import Layout
-from parallel.mesh import Mesh, build_mesh, close_mesh, leave
+from parallel.mesh import Mesh, build_mesh, leave
 from parallel.shape import parameter_table
 from pretrain.model import build_chunks, model_shape
 from tests.distributed import chunks_case, training_case
@@ -89,7 +89,6 @@ def engine_of(layout: Layout, *, micro_batch: int = 1, bf16: bool = False, seed:
     if model() is not None:
         kept.append(repr(layout))
     dist.barrier()
-    close_mesh()
 
 
 def gathered(boxes: dict) -> Whole:
@@ -317,7 +316,6 @@ def main() -> None:
     count_collectives()
     mesh = build_mesh(timeout_seconds=60)
     rank, world = mesh.rank, mesh.world_size
-    close_mesh()
     found = {}
     for name, scenario in {2: two_ranks, 4: four_ranks}[world]().items():
         if not sys.argv[2:] or name in sys.argv[2:]:

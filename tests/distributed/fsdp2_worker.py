@@ -23,7 +23,7 @@ from parallel.engine import AdamWOptions
 from parallel.engine_fsdp2 import Fsdp2Engine
 from parallel.grad_norm import global_grad_norm
 from parallel.layout import SCHEDULES, Layout
-from parallel.mesh import Mesh, build_mesh, close_mesh, leave
+from parallel.mesh import Mesh, build_mesh, leave
 from parallel.shape import parameter_table
 from pretrain.model import build_chunks, model_shape
 from tests.distributed import matrix_case as case
@@ -87,7 +87,6 @@ def engine(
     )
     yield made
     made.close()
-    close_mesh()
 
 
 def plain(boxes: dict[str, Boxes]) -> dict[str, list]:
@@ -301,7 +300,6 @@ def norms() -> dict[str, Any]:
             "spoiled": global_grad_norm(spoiled, table, mesh, sharded),
             "none": global_grad_norm(iter(()), table, mesh, sharded),
         }
-        close_mesh()
     return found
 
 

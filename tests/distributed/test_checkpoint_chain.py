@@ -15,6 +15,8 @@ from tests.distributed import training_case as case
 from tests.distributed.chain_worker import MODEL
 from tests.distributed.launch import run
 
+pytestmark = pytest.mark.parity
+
 # (ranks, legs): the second launch goes on where the first ended.
 LAUNCHES: list[tuple[int, dict[str, dict]]] = [
     (
@@ -62,7 +64,7 @@ def whole(folder: Path, leg: str, when: str) -> dict[str, torch.Tensor]:
     return full
 
 
-@pytest.mark.parametrize("before, after", zip(LEGS, LEGS[1:]))
+@pytest.mark.parametrize("before, after", list(zip(LEGS, LEGS[1:])))
 def test_weights_and_both_moments_pass_from_layout_to_layout_bit_for_bit(folder, before, after):
     saved, loaded = whole(folder, before, "saved"), whole(folder, after, "loaded")
     for name, values in saved.items():

@@ -10,6 +10,8 @@ import pytest
 
 from tests.distributed.launch import run
 
+pytestmark = [pytest.mark.parity, pytest.mark.timeout(600)]
+
 STAGES = ("z0", "z1", "z2", "z3")
 PIPELINED = (*STAGES, "z3 interleaved")
 

@@ -35,7 +35,7 @@ CHECKS = (
     "uneven_shards",
     "compiled_blocks",
 )
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.parity, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,9 @@ class Store:
         return self._ids[start : start + count]
 
 
-def batches(dp_rank: int = 0, dp_size: int = 1, steps: int = STEPS, micro_batch: int = MICRO_BATCH) -> list[list[DiffusionBatch]]:
+def batches(
+    dp_rank: int = 0, dp_size: int = 1, steps: int = STEPS, micro_batch: int = MICRO_BATCH
+) -> list[list[DiffusionBatch]]:
     """Microbatches of each step, from the product's own stream: random lengths (padding), varying masked counts."""
     options = StageOptions(MaskingOptions(SEED, GLOBAL_BATCH), random_length_prob=0.3)
     part = Slice(GLOBAL_BATCH, micro_batch, dp_rank, dp_size)
