@@ -169,8 +169,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     defaults = {
         "ranks": 4, "hidden": 512, "layers": 8, "sequence": 256, "micro_batch": 2, "accumulation": 4, "vocab": 8192,
-        "steps": 7, "overhead_hidden": 1024, "overhead_layers": 2, "overhead_sequence": 256, "overhead_micro_batch": 4,
-        "overhead_accumulation": 2, "timeout": 900,
+        "steps": 7, "overhead_hidden": 1024, "overhead_layers": 2, "overhead_sequence": 256, "overhead_micro_batch": 16,
+        "overhead_accumulation": 1, "timeout": 900,
     }  # fmt: skip
     for name, value in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=f"default {value}")
