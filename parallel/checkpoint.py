@@ -23,7 +23,6 @@ from typing import Any, Optional
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from parallel.agreement import agreed, distributed, first_cause, gone, reason
 from parallel.boxes import Boxes, BoxLoadPlanner
@@ -35,6 +34,7 @@ from parallel.checkpoint_reader import (
     Reader,
     check_boxes,
     check_files,
+    check_tensors,
     read_metadata,
     read_trainer,
     sha256_of,
@@ -228,7 +228,7 @@ def load(checkpoint: Path, state: Mapping[str, Boxes]) -> None:
         if not distributed() or dist.get_rank() == 0:  # of a thousand ranks one asks for the size of a thousand files
             check_files(checkpoint)
             check_boxes(checkpoint, reader.read_metadata())
-        _check_wanted(checkpoint, reader.read_metadata(), state)
+        check_tensors(checkpoint, reader.read_metadata(), {name: boxes.shape for name, boxes in state.items()})
 
     agreed(check)
     try:
@@ -239,15 +239,3 @@ def load(checkpoint: Path, state: Mapping[str, Boxes]) -> None:
         ) from None
     except RuntimeError as error:
         raise gone(error) from error
-
-
-def _check_wanted(checkpoint: Path, metadata: Metadata, state: Mapping[str, Boxes]) -> None:
-    stored = metadata.state_dict_metadata
-    for name, boxes in state.items():
-        found = stored.get(name)
-        if not isinstance(found, TensorStorageMetadata):
-            raise CheckpointError(f"checkpoint {checkpoint}: no tensor {name}: it is of another architecture")
-        if tuple(found.size) != tuple(boxes.shape):
-            raise CheckpointError(
-                f"checkpoint {checkpoint}: {name} is {tuple(found.size)} there and {tuple(boxes.shape)} in this model"
-            )

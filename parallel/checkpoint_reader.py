@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -160,6 +160,18 @@ def check_files(checkpoint: Path) -> None:
         if report.problem:
             raise CheckpointError(
                 f"checkpoint {checkpoint}: {report.name} is {report.problem}; resume from an older one"
+            )
+
+
+def check_tensors(checkpoint: Path, metadata: Metadata, shapes: Mapping[str, Sequence[int]]) -> None:
+    """CheckpointError if a tensor of `shapes` (logical name -> full shape) is not there, or has another shape there."""
+    for name, shape in shapes.items():
+        found = metadata.state_dict_metadata.get(name)
+        if not isinstance(found, TensorStorageMetadata):
+            raise CheckpointError(f"checkpoint {checkpoint}: no tensor {name}: it is of another architecture")
+        if tuple(found.size) != tuple(shape):
+            raise CheckpointError(
+                f"checkpoint {checkpoint}: {name} is {tuple(found.size)} there and {tuple(shape)} in this model"
             )
 
 

@@ -15,9 +15,10 @@ from data.durable import take_lock
 from data.errors import InputError
 from data.shard_set import ShardSet
 from parallel.checkpoint import latest, read_trainer
+from parallel.checkpoint_reader import check_files, check_tensors, read_metadata
 from parallel.legality import check_layout
 from parallel.mesh import world_from_environment
-from parallel.shape import ModelShape
+from parallel.shape import ModelShape, parameter_table
 from pretrain.config import Config, ModelConfig, ObjectiveConfig
 from pretrain.load_config import to_dict
 from pretrain.lr_schedule import check_schedule
@@ -94,6 +95,7 @@ def preflight(config: Config) -> Plan:
     trainer = read_trainer(resume_from) if resume_from else {}
     if resume_from:
         _check_same_run(config, trainer, train_set, resume_from)
+        _check_readable(resume_from, shape)
     elif config.train.init_from:
         _check_init(config, Path(config.train.init_from))
     return Plan(
@@ -242,6 +244,16 @@ def _check_same_run(config: Config, trainer: dict[str, Any], train_set: ShardSet
         )
 
 
+def _check_readable(checkpoint: Path, shape: ModelShape) -> None:
+    """CheckpointError if a file is missing or cut, or the weights are not this model's. Sizes and headers only."""
+    check_files(checkpoint)
+    check_tensors(
+        checkpoint,
+        read_metadata(checkpoint),
+        {f"weight/{name}": spec.shape for name, spec in parameter_table(shape).items()},
+    )
+
+
 def _check_init(config: Config, checkpoint: Path) -> None:
     if not (checkpoint / "trainer.json").is_file():
         raise InputError(
@@ -263,6 +275,7 @@ def _check_init(config: Config, checkpoint: Path) -> None:
             raise InputError(
                 f"train.init_from: {checkpoint} has model.{key} {then.get(key)}, this config {now[key]}: make them equal"
             )
+    _check_readable(checkpoint, model_shape(config.model))
 
 
 @contextlib.contextmanager

@@ -59,6 +59,23 @@ CONFIG_MISTAKES = {
         ["--parallel.tensor", "4"],
         ["model.num_kv_heads 2", "parallel.tensor 4"],
     ),
+    "more stages than layers": (
+        ["--parallel.pipeline", "8"],
+        ["parallel.pipeline 8", "8 chunks", "nearest that works: parallel.pipeline"],
+    ),
+    "a schedule that does not exist": (["--parallel.schedule", "dualpipe"], ["parallel.schedule", "1f1b", "zbv"]),
+    "an engine without ZeRO stages": (
+        ["--parallel.engine", "fsdp2", "--parallel.zero_stage", "1"],
+        ["parallel.engine fsdp2", "parallel.zero_stage 1", "nearest that works: parallel.zero_stage 3"],
+    ),
+    "sequence parallelism on one rank": (
+        ["--parallel.sequence_parallel", "true"],
+        ["parallel.sequence_parallel true", "parallel.tensor 1"],
+    ),
+    "apex's optimizer on fsdp2": (
+        ["--optimizer.impl", "apex", "--parallel.engine", "fsdp2"],
+        ["optimizer.impl", "parallel.engine=deepspeed"],
+    ),
     "vocabulary smaller than the data's": (["--model.vocab_size", "100"], ["model.vocab_size", "512"]),
     "warm-up longer than the run": (["--optimizer.warmup_steps", "900"], ["optimizer.warmup_steps", "train.steps"]),
     "CFG dropout without a condition": (["--data.cfg_dropout", "0.1"], ["data.cfg_dropout", "data.cfg_condition"]),
@@ -193,6 +210,33 @@ def test_an_existing_run_is_not_continued_with_another_model_stream_or_objective
         (saved / "trainer.json").write_text(json.dumps(nonsense))
         check_fails(capsys, command, "step-00000004" if nonsense == [] else "run.seed")
     assert sorted(p.name for p in (tmp_path / "r").rglob("*")) == ["checkpoints", "step-00000004", "trainer.json"]
+
+
+def test_a_checkpoint_with_a_truncated_or_missing_file_is_named_before_anything_starts(capsys, corpus, tmp_path):
+    import torch
+
+    from data.shard_set import ShardSet
+    from parallel import checkpoint
+    from parallel.boxes import Boxes
+    from pretrain.load_config import load_config, to_dict
+    from pretrain.preflight import fingerprint
+
+    command = arguments(corpus, tmp_path, "r")
+    trainer = {
+        "config": to_dict(load_config(command[1:])),
+        "data_fingerprint": fingerprint(ShardSet.open(str(corpus / "train"))),
+    }
+    state = {"weight/x": Boxes((4,), [((0,), torch.ones(4))])}
+    saved = checkpoint.save(tmp_path / "r" / "checkpoints", 4, state, trainer)
+    payload = next(saved.glob("*.distcp"))
+    whole = payload.read_bytes()
+    payload.write_bytes(whole[:-1])
+    check_fails(capsys, command, payload.name, "truncated", "resume from an older one")
+    payload.unlink()
+    check_fails(capsys, command, payload.name, "missing")
+    payload.write_bytes(whole)
+    # Whole, but of another architecture: said as soon as the engine knows its own tensors.
+    check_fails(capsys, command, "no tensor", "another architecture")
 
 
 def test_a_run_folder_that_another_process_trains_in(capsys, corpus, tmp_path):
