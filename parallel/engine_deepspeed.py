@@ -302,6 +302,7 @@ def _config(
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": grad_clip if layout.zero_stage else 0.0,
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device at every forward
         "bf16": {"enabled": bf16, "check_grad_overflow": bf16},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",

@@ -83,9 +83,11 @@ def build_mesh(tensor: int = 1, pipeline: int = 1, shard: int = 0, timeout_secon
     # DeepSpeed, megatron-core and others look these up.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(world))
     cuda = torch.cuda.is_available()
+    # A launcher that shows each task its own GPU alone (srun --gpus-per-task) leaves one, number 0.
+    number = 0 if cuda and torch.cuda.device_count() == 1 else local_rank
     if cuda:
-        torch.cuda.set_device(local_rank)
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+        torch.cuda.set_device(number)
+    device = torch.device("cuda", number) if cuda else torch.device("cpu")
     if not dist.is_initialized():
         _join("nccl" if cuda else "gloo", rank, world, timeout)
     dp = world // tensor // pipeline

@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Optional
 
+import torch
+
 from data.durable import take_lock
 from data.errors import InputError
 from data.shard_set import ShardSet
@@ -95,7 +97,8 @@ def preflight(config: Config) -> Plan:
     trainer = read_trainer(resume_from) if resume_from else {}
     if resume_from:
         _check_same_run(config, trainer, train_set, resume_from)
-        _check_readable(resume_from, shape)
+        if local_rank == 0:  # a thousand ranks need not ask for the sizes of a thousand files
+            _check_readable(resume_from, shape)
     elif config.train.init_from:
         _check_init(config, Path(config.train.init_from))
     return Plan(
@@ -118,6 +121,12 @@ def _world() -> tuple[int, int, int]:
     if not 0 <= rank < world:
         raise InputError(f"launcher: rank {rank} of {world} makes no sense; start the ranks with torchrun or srun")
     lacking = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    gpus, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if gpus and (here > gpus or (gpus > 1 and local_rank >= gpus)):
+        raise InputError(
+            f"launcher: {max(here, local_rank + 1)} ranks on a host that shows {gpus} GPUs: start one rank a GPU, or set "
+            "CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
+        )
     if world > 1 and lacking:
         raise InputError(
             f"launcher: {world} ranks but no {' and no '.join(lacking)}: torchrun sets them; with srun export the first "

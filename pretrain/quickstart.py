@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from pretrain.load_config import load_config
 from pretrain.tracking import read_metrics, tracking_uri
 
@@ -48,6 +50,8 @@ def quickstart() -> int:
     for title, command in stages:
         print(f"\n== {title}\n$ python -m {command}", flush=True)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if torch.cuda.device_count() < RANKS:  # one rank a GPU, or none
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         code = subprocess.run(
             [sys.executable, "-m", *shlex.split(command)], timeout=TIMEOUT, env=environment
         ).returncode

@@ -44,10 +44,14 @@ def train(config: Config) -> int:
     Raises InputError, before any process group or GPU is taken, for every mistake that can be seen beforehand.
     """
     plan = preflight(config)
-    with hold(plan.folder) if world_from_environment()[0] == 0 else contextlib.nullcontext():
-        parallel = config.parallel
+    parallel, alone = config.parallel, world_from_environment()[2] == 1
+    with contextlib.ExitStack() as held:
+        if alone:
+            held.enter_context(hold(plan.folder))
         mesh = build_mesh(parallel.tensor, parallel.pipeline, parallel.shard_group, parallel.timeout_seconds)
         with failing_together(mesh):
+            if mesh.rank == 0 and not alone:  # behind the meeting, so that the others hear of a folder that is in use
+                held.enter_context(hold(plan.folder))
             _agree(config, plan, mesh)
             run = _Run(config, plan, mesh)
             try:
