@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Optional
 
+import torch
 import torch.distributed as dist
 
 from parallel import checkpoint
@@ -22,16 +23,19 @@ from parallel.boxes import Boxes
 
 class AsyncSaver:
     """At most one save in flight. Its ranks talk over a gloo group that nothing else uses: collectives of two threads on
-    one group would mix.
+    one group would mix. (The question whether it is over goes over a second one.)
     """
 
     def __init__(self, timeout_seconds: int = 600):
         """Collective over all ranks, once. A rank that waits longer than `timeout_seconds` for another gives up."""
         self._group: Optional[dist.ProcessGroup] = None
+        self._asking: Optional[dist.ProcessGroup] = None
         if distributed():
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+            self._asking = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
             # gloo connects at the first use: now, so that a rank that dies later is noticed at once.
             dist.barrier(self._group)
+            dist.barrier(self._asking)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._saving: Optional[Future[Path]] = None
 
@@ -57,14 +61,26 @@ class AsyncSaver:
         saving, self._saving = self._saving, None
         return saving.result() if saving else None
 
+    def landed(self) -> bool:
+        """Whether the save in flight is over, well or badly, on every rank (True if there is none). Collective; never waits
+        for the save itself.
+        """
+        over = self._saving is None or self._saving.done()
+        if self._asking is None:
+            return over
+        everywhere = torch.tensor(int(over))
+        dist.all_reduce(everywhere, dist.ReduceOp.MIN, group=self._asking)
+        return bool(everywhere)
+
     def close(self) -> None:
-        """Waits, leaves the thread and the group. Collective."""
+        """Waits, leaves the thread and the groups. Collective."""
         try:
             self.wait()
         finally:
             self._thread.shutdown()
-            if self._group is not None:
-                dist.destroy_process_group(self._group)
+            for group in (self._group, self._asking):
+                if group is not None:
+                    dist.destroy_process_group(group)
 
 
 def host_copy(boxes: Boxes) -> Boxes:

@@ -8,6 +8,7 @@ the accumulation, nothing counts backwards, no trace is recorded and compared wi
 - `gathered_once`: ZeRO-3's module hooks would gather and drop every layer in every microbatch.
 - `accumulate_in_float32`: without the engine's backward, bf16 gradients of the microbatches would add up in bf16.
 - `sum_over_replicas`: ZeRO knows one group of ranks; those that hold copies of a shard must add their gradients too.
+- `one_norm_for_replicas`: each replica's norm is summed in a communicator of its own, and its last bit may differ.
 - `number_alike`: after engines that gave ranks different layers, DeepSpeed numbers the next one's parameters differently.
 - `forget`: a closed engine stays in a module-level list and in a method cache, its parameters with it.
 
@@ -17,6 +18,7 @@ Each is looked up in this module at every call, so a test can take one away.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -121,6 +123,23 @@ def sum_over_replicas(zero: Any, mesh: Mesh) -> None:
     """Adds up ZeRO-3's reduced gradient shards over the ranks that hold copies of the same shard, in place."""
     flat = _private(zero, "grad_partitions_flat_buffer")
     dist.all_reduce(flat, group=mesh.replica_group)
+
+
+def one_norm_for_replicas(zero: Any, mesh: Mesh) -> None:
+    """Every replica of a shard clips by the first replica's norm (ZeRO-3): their weights stay equal to the bit.
+
+    The gradients of replicas are equal after `sum_over_replicas`, but a communication library need not add up numbers in one
+    order in two communicators.
+    """
+    own = _private(type(zero), "_get_norm_groups")
+    this = weakref.proxy(zero)  # the optimizer holds what is set on it
+
+    def first_replicas() -> list[torch.Tensor]:
+        norms = torch.stack(list(own(this)))
+        dist.broadcast(norms, group=mesh.replica_group, group_src=0)
+        return list(norms)
+
+    zero._get_norm_groups = first_replicas
 
 
 def number_alike() -> None:

@@ -140,6 +140,8 @@ class DeepSpeedEngine:
         )
         self._zero = self._engine.optimizer
         self._check_sub_groups()
+        if mesh.replicas > 1:
+            deepspeed_fixes.one_norm_for_replicas(self._zero, mesh)
         deepspeed_state.create_moments(self._zero)
         self._restore_masters(exact)
         self._pipeline: Optional[Pipeline] = None

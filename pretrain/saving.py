@@ -25,7 +25,8 @@ LAST_TRIES, LAST_PAUSE_SECONDS = 20, 30.0  # of the save at the end of a run: te
 class Saving:
     """Saves one run's checkpoints, in the foreground or behind training. Every call is collective.
 
-    failed: saves in a row that failed, as known at this step (a save in the background is heard of at the next one).
+    failed: saves in a row that failed, as known at this step. A save behind training is listened to a few steps after it began
+    and from then on until it is over, so that a failure is tried again as soon as in the foreground.
     """
 
     def __init__(
@@ -44,10 +45,15 @@ class Saving:
         self._root, self._every, self._keep, self._say = root, every, keep, say
         self._saver = AsyncSaver(timeout_seconds) if asynchronous else None
         self._saved_at, self._in_flight = saved_at, -1
-        self._retry_at = -1
+        self._retry_at = self._listen_at = -1
 
     def due(self, step: int) -> bool:
-        """Whether to save after `step` steps."""
+        """Whether to save after `step` steps. Hears of a save in flight now and then, without waiting for it."""
+        if self._saver and step == self._listen_at:
+            if not self._saver.landed():
+                self._listen_at = step + self._soon
+            elif not self._land():
+                self._retry_at = step
         return (self._every > 0 and step % self._every == 0) or step == self._retry_at
 
     def save(self, step: int, state: State, trainer: Mapping[str, Any]) -> None:
@@ -58,7 +64,7 @@ class Saving:
         except CheckpointError as error:
             self._failed(step, error)
         if self.failed:
-            self._retry_at = step + max(1, self._every // RETRIES_PER_INTERVAL)
+            self._retry_at = step + self._soon
 
     def finish(self, step: int, state: State, trainer: Mapping[str, Any]) -> None:
         """After the last step: its checkpoint is complete on return. CheckpointError if it cannot be, after some patience."""
@@ -86,14 +92,21 @@ class Saving:
             self._saved(step, checkpoint.save(self._root, step, state, trainer, self._keep))
             return
         self._saver.start(self._root, step, state, trainer, self._keep)
-        self._in_flight = step
+        self._in_flight, self._listen_at = step, step + self._soon
 
-    def _land(self) -> None:
-        """Hears of the save in flight, good or bad."""
+    @property
+    def _soon(self) -> int:
+        """Steps after which to look at a save, or to try again."""
+        return max(1, self._every // RETRIES_PER_INTERVAL)
+
+    def _land(self) -> bool:
+        """Hears of the save in flight, waiting for it; whether it did not fail."""
         try:
             self._complete()
         except CheckpointError as error:
             self._failed(self._in_flight, error)
+            return False
+        return True
 
     def _complete(self) -> None:
         path = self._saver.wait() if self._saver else None
@@ -107,7 +120,7 @@ class Saving:
     def _failed(self, step: int, error: CheckpointError, what_next: Optional[str] = None) -> None:
         self.failed += 1
         newest = f"step {self._saved_at}" if self._saved_at >= 0 else "none"
-        goes_on = f"training goes on and tries again within {max(1, self._every // RETRIES_PER_INTERVAL)} steps"
+        goes_on = f"training goes on and tries again within {self._soon} steps"
         self._say(
             f"WARNING: the checkpoint of step {step} was NOT saved ({self.failed} failed in a row, newest complete one: "
             f"{newest}): {error}; {what_next or goes_on}"

@@ -250,6 +250,32 @@ def undisturbed(layout: Layout) -> bool:
     return same(*ends)
 
 
+def replicas_alike() -> dict[str, bool]:
+    """After three clipped steps: do replicas of a shard report the same norm and hold the same weights, although the second
+    replica's own norm comes out a little larger?
+    """
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Zero3
+
+    own = Zero3._get_norm_groups
+    replica = 0
+
+    def larger(zero: Any) -> list[torch.Tensor]:
+        return [norm * (1 + 1e-3 * replica) for norm in own(zero)]
+
+    with patch.object(Zero3, "_get_norm_groups", larger), engine_of(Layout(shard_group=2)) as (engine, groups):
+        replica = engine.mesh.dp_rank // engine.mesh.shard
+        norms = [engine.train_step(groups[s], NORMALIZERS[s], training_case.LR).grad_norm for s in range(3)]
+        mine = {name: [v.clone() for _, v in boxes.parts] for name, boxes in engine.state().items()}
+        everyone = everywhere((engine.mesh.shard_rank, norms, mine))
+    pairs = [(a, b) for i, a in enumerate(everyone) for b in everyone[:i] if a[0] == b[0]]
+    return {
+        "pairs": len(pairs) == 2,
+        "clipped": any(norm > training_case.CLIP for norm in norms),
+        "norms": all(a[1] == b[1] for a, b in pairs),
+        "state": all(torch.equal(x, y) for a, b in pairs for name in a[2] for x, y in zip(a[2][name], b[2][name])),
+    }
+
+
 def remembered() -> int:
     """How many models outlive their engine when DeepSpeed is not told to forget them."""
     before = len(kept)
@@ -308,6 +334,11 @@ def four_ranks() -> dict[str, Callable[[], Any]]:
         with patch.object(deepspeed_fixes, "gathered_once", lambda zero, modules: contextlib.nullcontext()):
             return traffic(stages["z3"], 1)
 
+    def norm_by_replica() -> dict[str, bool]:
+        with patch.object(deepspeed_fixes, "one_norm_for_replicas", lambda zero, mesh: None):
+            return replicas_alike()
+
+    found |= {"replicas alike": replicas_alike, "replicas alike without one_norm_for_replicas": norm_by_replica}
     return found | {"traffic z3 x4 without gathered_once": by_layer}
 
 

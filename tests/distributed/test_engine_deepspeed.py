@@ -152,3 +152,10 @@ def test_a_closed_engine_leaves_nothing_of_its_model_behind(two, four):
     for rank in (*two, *four):
         assert rank["kept"] == []
     assert two[0]["kept without forget"] == 1
+
+
+def test_replicas_of_a_shard_clip_by_one_norm(four):
+    for found in four:
+        assert found["replicas alike"] == {"pairs": True, "clipped": True, "norms": True, "state": True}
+        alone = found["replicas alike without one_norm_for_replicas"]
+        assert alone == {"pairs": True, "clipped": True, "norms": False, "state": False}
