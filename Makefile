@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install install-dev quickstart test parity lint bench-loss bench-engines bench-checkpoint clean
+.PHONY: help install install-dev quickstart test parity lint bench-loss bench-engines bench-checkpoint bench-data clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -54,5 +54,19 @@ bench-engines: install            ## engines and layouts beside plain DDP: time,
 bench-checkpoint: install         ## seconds and extra memory of a save, beside torch.save
 	$(BIN)/python bench/checkpoint.py
 
+# litdata lives in an environment of its own, which borrows torch and numpy from .venv: what it would install beside is not ours.
+.venv-litdata/.installed: $(VENV)/.installed
+	$(PYTHON) -m venv .venv-litdata
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$(.venv-litdata/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/outer.pth
+	-.venv-litdata/bin/pip install --quiet --disable-pip-version-check --no-deps litdata==0.2.76 lightning-utilities==0.15.3 \
+		tifffile==2026.3.3 boto3==1.44.5 botocore==1.44.5 s3transfer jmespath obstore==0.12.1
+	touch $@
+
+bench-data: install .venv-litdata/.installed  ## reading, the whole pipeline, prepare and a large index, beside others
+	$(BIN)/python bench/data.py --litdata .venv-litdata/bin/python
+	$(BIN)/python bench/prepare.py
+	$(BIN)/python bench/index.py
+
 clean:                            ## remove .venv and caches; runs/ stays
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-litdata .pytest_cache .ruff_cache

@@ -37,8 +37,9 @@ def random_batch(samples: int, tokens: int, vocab: int, seed: int, p_mask: float
     level = np.full(samples, p_mask, np.float32)
     return expand(CompactBatch(
         tokens=ids, mask_bits=np.packbits(masks, axis=1), length=np.full(samples, tokens, np.int32),
-        condition_length=np.zeros(samples, np.int32), t=level, p_mask=level, dropped=np.zeros(samples, bool),
-        sample_ids=np.arange(samples),
+        prompt_bits=None, border_bits=None, source=np.zeros(samples, np.int16),
+        bad_shard=np.full(samples, -1, np.int32), digest=np.zeros(samples, np.int64), t=level, p_mask=level,
+        dropped=np.zeros(samples, bool), sample_ids=np.arange(samples),
     ), MASK)  # fmt: skip
 
 

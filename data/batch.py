@@ -6,8 +6,11 @@ consumer expands. Shapes: B samples, L tokens.
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Optional
 
 import numpy as np
 import torch
@@ -18,16 +21,40 @@ PADDING_DOCUMENT = -1
 
 @dataclass(frozen=True)
 class CompactBatch:
-    """What a worker ships: about 2.2 bytes a token."""
+    """What a worker ships: 2.2 to 2.5 bytes a token. Bits are np.packbits along the tokens."""
 
     tokens: np.ndarray  # [B, L] uint16 or uint32; what follows `length` is pad
-    mask_bits: np.ndarray  # [B, ceil(L / 8)] uint8, np.packbits of the masks
-    length: np.ndarray  # [B] int32, tokens that are not padding
-    condition_length: np.ndarray  # [B] int32, clean prefix without loss
+    mask_bits: np.ndarray  # [B, ceil(L / 8)] uint8
+    prompt_bits: Optional[np.ndarray]  # the same, tokens shown clean and without loss; None: there are none
+    border_bits: Optional[np.ndarray]  # the same, first tokens of documents that are isolated; None: one text a sample
+    length: np.ndarray  # [B] int32, tokens that are not padding; 0: nothing of this sample counts
     t: np.ndarray  # [B] float32
     p_mask: np.ndarray  # [B] float32
     dropped: np.ndarray  # [B] bool
     sample_ids: np.ndarray  # [B] int64
+    source: np.ndarray  # [B] int16, which source of a mixture
+    bad_shard: np.ndarray  # [B] int32, the shard of that source that could not be read, -1: all is well
+    digest: np.ndarray  # [B] int64, CRC-32 of everything above that belongs to the sample
+
+    def pairs(self) -> int:
+        """Pairs of tokens that attend to each other: the sum of the squares of the documents' lengths, padding being one more."""
+        batch, size = self.tokens.shape
+        borders = np.zeros((batch, size), bool)
+        if self.border_bits is not None:
+            borders = np.unpackbits(self.border_bits, axis=1, count=size).view(bool)
+        borders &= np.arange(size) < self.length[:, None]
+        borders[:, 0] = True
+        padded = self.length < size
+        borders[padded, self.length[padded]] = True
+        lengths = np.diff(np.append(np.flatnonzero(borders), batch * size))
+        return int((lengths.astype(np.int64) ** 2).sum())
+
+    def without(self, lost: np.ndarray) -> CompactBatch:
+        """The same batch, of whose samples where `lost` ([B] bool) nothing counts: no mask, no loss, only padding."""
+        keep = ~lost
+        return replace(
+            self, mask_bits=self.mask_bits * keep[:, None], length=self.length * keep, digest=self.digest * keep
+        )
 
 
 @dataclass
@@ -69,17 +96,42 @@ def collate(samples: Iterable[dict], size: int, pad_id: int) -> Iterator[Compact
 def _stack(group: list[dict], pad_id: int) -> CompactBatch:
     tokens = np.stack([s["tokens"] for s in group])
     length = np.array([s["length"] for s in group], np.int32)
-    tokens[np.arange(tokens.shape[1])[None] >= length[:, None]] = pad_id
+    for row, used in zip(tokens, length):
+        row[used:] = pad_id
+    masks = np.packbits(np.stack([s["mask"] for s in group]), axis=1)
+    bits = [masks, _bits(group, "prompt"), _bits(group, "borders")]
     return CompactBatch(
         tokens=tokens,
-        mask_bits=np.packbits(np.stack([s["mask"] for s in group]), axis=1),
+        mask_bits=masks,
+        prompt_bits=bits[1],
+        border_bits=bits[2],
         length=length,
-        condition_length=np.array([s["condition_length"] for s in group], np.int32),
         t=np.array([s["t"] for s in group], np.float32),
         p_mask=np.array([s["p_mask"] for s in group], np.float32),
         dropped=np.array([s["dropped"] for s in group], bool),
         sample_ids=np.array([s["sample_id"] for s in group], np.int64),
+        source=np.array([s.get("source", 0) for s in group], np.int16),
+        bad_shard=np.array([s.get("bad_shard", -1) for s in group], np.int32),
+        digest=np.array([_digest(i, s, tokens, bits) for i, s in enumerate(group)], np.int64),
     )
+
+
+def _digest(i: int, sample: dict, tokens: np.ndarray, bits: list[Optional[np.ndarray]]) -> int:
+    """What was drawn and read for one sample, in one number that does not depend on the batch around it."""
+    numbers = (sample["sample_id"], sample["length"], sample["t"], sample["p_mask"], sample["dropped"])
+    found = zlib.crc32(tokens[i, : sample["length"]].data, zlib.crc32(struct.pack("<qqdd?", *numbers)))
+    for packed in bits:
+        if packed is not None and packed[i].any():
+            found = zlib.crc32(packed[i].data, found)
+    return found
+
+
+def _bits(group: list[dict], name: str) -> Optional[np.ndarray]:
+    """The [L] bool of every sample, packed; None if no sample has one."""
+    if all(s.get(name) is None for s in group):
+        return None
+    nothing = np.zeros(len(group[0]["tokens"]), bool)
+    return np.packbits(np.stack([nothing if s.get(name) is None else s[name] for s in group]), axis=1)
 
 
 def expand(compact: CompactBatch, mask_id: int, weighting: bool = True) -> DiffusionBatch:
@@ -90,21 +142,29 @@ def expand(compact: CompactBatch, mask_id: int, weighting: bool = True) -> Diffu
     batch, size = compact.tokens.shape
     target = torch.from_numpy(compact.tokens.astype(np.int64))
     masked = torch.from_numpy(np.unpackbits(compact.mask_bits, axis=1, count=size).view(bool))
-    position = torch.arange(size, dtype=torch.int32).expand(batch, size)
-    length = torch.from_numpy(compact.length)[:, None]
-    condition = torch.from_numpy(compact.condition_length)[:, None]
+    column = torch.arange(size, dtype=torch.int32).expand(batch, size)
+    inside = column < torch.from_numpy(compact.length)[:, None]
     dropped = torch.from_numpy(compact.dropped)
     p_mask = torch.from_numpy(compact.p_mask)[:, None].expand(batch, size).contiguous()
-    hidden_condition = dropped[:, None] & (position < condition)
-    inside = position < length
+    noisy, eligible = torch.where(masked, mask_id, target), inside
+    if compact.prompt_bits is not None:
+        prompt = torch.from_numpy(np.unpackbits(compact.prompt_bits, axis=1, count=size).view(bool)) & inside
+        noisy = torch.where(prompt & dropped[:, None], mask_id, noisy)
+        eligible = inside & ~prompt
+    documents, positions = torch.zeros(batch, size, dtype=torch.int32), column
+    if compact.border_bits is not None:
+        borders = torch.from_numpy(np.unpackbits(compact.border_bits, axis=1, count=size).view(bool)).clone()
+        borders[:, 0] = True
+        documents = borders.cumsum(1, dtype=torch.int32) - 1
+        positions = column - torch.where(borders, column, 0).cummax(1).values
     return DiffusionBatch(
-        noisy_ids=torch.where(masked | hidden_condition, mask_id, target),
+        noisy_ids=noisy,
         target_ids=target,
         masked=masked,
         weight=torch.where(masked, 1.0 / p_mask if weighting else torch.ones(()), torch.zeros(())),
-        eligible=inside & (position >= condition),
-        document_ids=torch.where(inside, 0, PADDING_DOCUMENT).to(torch.int32),
-        position_ids=position.contiguous(),
+        eligible=eligible,
+        document_ids=torch.where(inside, documents, PADDING_DOCUMENT).to(torch.int32),
+        position_ids=positions.contiguous(),
         t=torch.from_numpy(compact.t)[:, None].expand(batch, size).contiguous(),
         p_mask=p_mask,
         dropped=dropped,

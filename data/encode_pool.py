@@ -1,4 +1,4 @@
-"""Encode batches of texts on several processes, giving results back in the order of the batches."""
+"""Encode batches of documents on several processes, giving results back in the order of the batches."""
 
 from __future__ import annotations
 
@@ -11,51 +11,57 @@ from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import TypeVar
+from typing import Optional, TypeVar
 
-import numpy as np
-
-from data.manifest import SpecialIds, token_dtype
+from data.document import Segment
+from data.encoding import Encoded, Limit, encode_documents
+from data.manifest import SpecialIds
 from data.tokenizer import TextTokenizer, load_tokenizer
 
 Label = TypeVar("Label")
-_tokenizer: TextTokenizer | None = None  # one for each worker process, set by _start_worker
+IN_FLIGHT_CHARS = 64 << 20  # of text handed out and not taken back; a single larger document goes alone
 
 
-def encode_documents(tokenizer: TextTokenizer, texts: Sequence[str]) -> list[np.ndarray]:
-    """Ids of each text with EOS at the end, in the narrowest type that holds the vocabulary."""
-    dtype = token_dtype(tokenizer.vocab_size)
-    eos = np.array([tokenizer.special.eos], dtype=dtype)
-    return [np.concatenate([ids.astype(dtype), eos]) for ids in tokenizer.encode_batch(texts)]
+# What each worker process has, set by _start_worker.
+_tokenizer: Optional[TextTokenizer] = None
+_limit: Optional[Limit] = None
 
 
 def encode_in_order(
-    batches: Iterable[tuple[Label, Sequence[str]]], tokenizer: TextTokenizer, processes: int
-) -> Generator[tuple[Label, list[np.ndarray]], None, None]:
-    """Yield (label, documents) for each (label, texts), in order, with at most two batches per process in memory.
+    batches: Iterable[tuple[Label, Sequence[Sequence[Segment]]]],
+    tokenizer: TextTokenizer,
+    processes: int,
+    limit: Optional[Limit] = None,
+) -> Generator[tuple[Label, list[Encoded]], None, None]:
+    """Yield (label, documents) for each (label, segments of documents), in order.
 
-    One process works in place. Raises RuntimeError when a worker dies.
+    At most two batches per process are in memory, and fewer when they are large. One process works in place. Raises
+    RuntimeError when a worker dies.
     """
     if processes == 1:
-        for label, texts in batches:
-            yield label, encode_documents(tokenizer, texts)
+        for label, documents in batches:
+            yield label, encode_documents(tokenizer, documents, limit)
         return
     pool = ProcessPoolExecutor(
         processes,
         # A fork would copy the tokenizer's threads in an unknown state.
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=(tokenizer.path, tokenizer.special),
+        initargs=(tokenizer.path, tokenizer.special, limit),
     )
-    waiting: deque[tuple[Label, Future[list[np.ndarray]]]] = deque()
+    waiting: deque[tuple[Label, int, Future[list[Encoded]]]] = deque()
+    in_flight = 0  # characters
     try:
-        for label, texts in batches:
-            waiting.append((label, pool.submit(_encode_in_worker, list(texts))))
-            if len(waiting) > 2 * processes:
-                label, future = waiting.popleft()
-                yield label, future.result()
+        for label, documents in batches:
+            size = sum(len(segment.text) for segments in documents for segment in segments)
+            while waiting and (len(waiting) >= 2 * processes or in_flight + size > IN_FLIGHT_CHARS):
+                done, freed, future = waiting.popleft()
+                yield done, future.result()
+                in_flight -= freed
+            waiting.append((label, size, pool.submit(_encode_in_worker, documents)))
+            in_flight += size
         while waiting:
-            label, future = waiting.popleft()
+            label, _, future = waiting.popleft()
             yield label, future.result()
     except BrokenProcessPool as error:
         raise RuntimeError(
@@ -66,12 +72,12 @@ def encode_in_order(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_worker(tokenizer_path: Path, special: SpecialIds) -> None:
-    global _tokenizer
+def _start_worker(tokenizer_path: Path, special: SpecialIds, limit: Optional[Limit]) -> None:
+    global _tokenizer, _limit
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread each: the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then stops the pool
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    _tokenizer = load_tokenizer(tokenizer_path, special=special)
+    _tokenizer, _limit = load_tokenizer(tokenizer_path, special=special), limit
 
 
 def _die_with_parent() -> None:
@@ -82,6 +88,6 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def _encode_in_worker(texts: list[str]) -> list[np.ndarray]:
+def _encode_in_worker(documents: Sequence[Sequence[Segment]]) -> list[Encoded]:
     assert _tokenizer is not None, "_start_worker runs first"
-    return encode_documents(_tokenizer, texts)
+    return encode_documents(_tokenizer, documents, _limit)

@@ -1,6 +1,6 @@
 """The data path of training, end to end, as one webdataset pipeline:
 
-    BlockReader -> random_length -> [prefix_condition] -> masking -> cfg_dropout -> collate -> CompactBatch
+    BlockReader -> [random_length] -> [prefix_condition] -> masking -> cfg_dropout -> collate -> CompactBatch
 
 Which samples a rank reads follows from (step, data-parallel rank) alone: step s owns samples [s B, (s + 1) B), rank r the
 r-th contiguous slice of them, cut into microbatches. Workers deal out whole microbatches, so their number changes
@@ -13,26 +13,18 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Optional, Protocol
+from typing import Optional
 
-import numpy as np
 import webdataset as wds
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader
 
 from data import cfg_dropout as cfg
 from data.batch import CompactBatch, collate
 from data.errors import InputError
 from data.masking import MaskingOptions, masking, random_length
+from data.samples import BlockReader, Blocks
 
 WAIT_SECONDS = 600.0  # longest wait for a worker's next microbatch
-
-
-class Blocks(Protocol):
-    """Numbered blocks of tokens (data.stream)."""
-
-    sequence_length: int
-
-    def block(self, g: int) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -57,36 +49,18 @@ class Slice:
 
 @dataclass(frozen=True)
 class StageOptions:
-    """The stages between the block reader and the batch."""
+    """The stages between the block reader and the batch.
+
+    isolate, eos_in_loss, skip_bad_shards: data.samples.
+    """
 
     masking: MaskingOptions
     random_length_prob: float = 0.0
     cfg_dropout: float = 0.0
-    cfg_condition: Optional[str] = None  # None or "prefix"
-
-
-class BlockReader:
-    """First stage: yields the sample dict of each global sample index that `indices(worker, workers)` names."""
-
-    def __init__(self, blocks: Blocks, indices: Callable[[int, int], Iterable[int]]):
-        self.blocks = blocks
-        self.indices = indices
-
-    def __call__(self) -> Iterator[dict]:
-        worker = get_worker_info()
-        size = self.blocks.sequence_length
-        for g in self.indices(*((worker.id, worker.num_workers) if worker else (0, 1))):
-            tokens = self.blocks.block(g)
-            length = len(tokens)
-            if length < size:
-                tokens = np.concatenate([tokens, np.zeros(size - length, tokens.dtype)])
-            yield {
-                "__key__": f"{g:012d}",
-                "sample_id": g,
-                "tokens": tokens.copy() if not tokens.flags.writeable else tokens,
-                "length": length,
-                "condition_length": 0,
-            }
+    cfg_condition: Optional[str] = None  # None, "prefix" or "spans"
+    isolate: bool = False
+    eos_in_loss: bool = False
+    skip_bad_shards: bool = False
 
 
 def stages(options: StageOptions) -> list[Callable[[Iterable[dict]], Iterator[dict]]]:
@@ -132,7 +106,13 @@ def _validation_indices(worker: int, workers: int, *, part: Slice, total: int) -
 
 def _load(blocks: Blocks, indices: Callable, options: StageOptions, micro_batch: int, pad_id: int, workers: int):
     pipeline = wds.DataPipeline(
-        BlockReader(blocks, indices),
+        BlockReader(
+            blocks,
+            indices,
+            isolate=options.isolate,
+            eos_in_loss=options.eos_in_loss,
+            skip_bad_shards=options.skip_bad_shards,
+        ),
         *stages(options),
         partial(collate, size=micro_batch, pad_id=pad_id),
         _report_faults,

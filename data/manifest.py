@@ -15,11 +15,23 @@ from typing import Any
 
 from data.errors import InputError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
+INDEX_FILE = "index.npy"
 REMEDY = "run `python -m pretrain prepare` again or copy the folder again"
 ITEM_BYTES = {"uint16": 2, "uint32": 4}
+# What every shard counts and the manifest adds up.
+TOTALS = (
+    "tokens",
+    "documents",
+    "split_documents",
+    "truncated_documents",
+    "utf8_bytes",
+    "chunks",
+    "spans",
+    "padding_tokens",
+)
 # One plain name: no folder part, nothing hidden, so a manifest can never make us open a file outside its folder.
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -41,7 +53,10 @@ class SpecialIds:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One tar: its size in bytes, its hashes, and what it holds. Documents never cross from one shard to the next."""
+    """One tar: its size in bytes, its hashes, and what it holds. Documents never cross from one shard to the next.
+
+    `tokens` counts one EOS per document, and `padding_tokens`. `spans` counts prompts, conditions and padding.
+    """
 
     file: str
     bytes: int
@@ -50,8 +65,11 @@ class ShardEntry:
     tokens: int
     documents: int
     split_documents: int
+    truncated_documents: int
     utf8_bytes: int
     chunks: int
+    spans: int
+    padding_tokens: int
 
     @property
     def index_file(self) -> str:
@@ -76,21 +94,27 @@ class SourceCount:
 class Manifest:
     """Everything a reader must know about one self-contained shard set.
 
-    `tokens` counts one EOS per document; `split_documents` are documents longer than `chunk_tokens`, stored in pieces;
-    `prepared_with` holds the options and the input hash that determine every byte of the set.
+    `tokens` counts one EOS per document; `split_documents` are stored in several pieces, `truncated_documents` lack their
+    end; `row_tokens`: no document crosses a multiple of it (0: documents lie end to end); `prepared_with` holds the options
+    and the input hash that determine every byte of the set.
     """
 
     dtype: str
     vocab_size: int
     tokenizer_file: str
     tokenizer_sha256: str
+    index_sha256: str
     special: SpecialIds
     tokens: int
     documents: int
     split_documents: int
+    truncated_documents: int
     utf8_bytes: int
     chunks: int
+    spans: int
+    padding_tokens: int
     chunk_tokens: int
+    row_tokens: int
     shards: tuple[ShardEntry, ...]
     sources: tuple[SourceCount, ...]
     prepared_with: dict[str, Any]
@@ -163,11 +187,12 @@ def _parse(fields: _Fields) -> Manifest:
         f.name: str if f.name in ("file", "sha256", "index_sha256") else int for f in dataclasses.fields(ShardEntry)
     }
     source_types = {"name": str, "licence": str, "documents": int, "utf8_bytes": int, "skipped": dict}
-    counts = ("vocab_size", "tokens", "documents", "split_documents", "utf8_bytes", "chunks", "chunk_tokens")
+    counts = ("vocab_size", *TOTALS, "chunk_tokens", "row_tokens")
     return Manifest(
         dtype=fields.take("dtype", str),
         tokenizer_file=tokenizer.take("file", str),
         tokenizer_sha256=tokenizer.take("sha256", str),
+        index_sha256=fields.take("index_sha256", str),
         special=SpecialIds(
             **{key: special.take(key, int) for key in ("mask", "eos", "pad")},
             bos=None if special.record.get("bos") is None else special.take("bos", int),
@@ -208,9 +233,11 @@ def _check(manifest: Manifest, path: Path) -> None:
     repeated = [file for file, count in Counter(shard.file for shard in manifest.shards).items() if count > 1]
     if repeated:
         refuse(f"shard {repeated[0]} is listed twice")
-    for total in ("tokens", "documents", "split_documents", "utf8_bytes", "chunks"):
+    for total in TOTALS:
         of_shards = sum(getattr(shard, total) for shard in manifest.shards)
         if of_shards != getattr(manifest, total):
             refuse(f"{total} is {getattr(manifest, total)} but the shards add up to {of_shards}")
     if manifest.tokens == 0:
         refuse("the set holds no tokens")
+    if manifest.row_tokens and manifest.tokens % manifest.row_tokens:
+        refuse(f"{manifest.tokens} tokens are no whole rows of row_tokens {manifest.row_tokens}")

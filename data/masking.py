@@ -1,16 +1,17 @@
 """The masking stage: which tokens of a sample are replaced by [MASK], and the weight their loss gets.
 
-A webdataset-style stage: an iterator of sample dicts in, an iterator of sample dicts out. A sample comes with
-`sample_id`, `tokens` [L], `length` (tokens after it are padding) and `condition_length` (a clean prefix); it leaves with
-`mask` [L] bool, `t`, `p_mask`. Masks are drawn only inside [condition_length, length) and are carried from here on:
-nothing downstream derives them from ids.
+A webdataset-style stage: an iterator of sample dicts in, an iterator of sample dicts out. A sample comes with `sample_id` and
+`tokens` [L], perhaps with `length` (tokens after it are padding) and `prompt` ([L] bool: shown clean, without loss); it leaves with
+`mask` [L] bool, `t`, `p_mask`. Masks are drawn only where there is loss, and are carried from here on: nothing downstream
+derives them from ids.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Optional
 
 import numpy as np
 
@@ -40,34 +41,38 @@ class MaskingOptions:
 
 
 def draw_mask(
-    sample_id: int, start: int, stop: int, size: int, options: MaskingOptions
+    sample_id: int, length: int, prompt: Optional[np.ndarray], size: int, options: MaskingOptions
 ) -> tuple[np.ndarray, float, float]:
-    """The mask of one sample: (mask [size] bool, t, p_mask), true only inside [start, stop).
+    """The mask of one sample: (mask [size] bool, t, p_mask), true only before `length` and outside `prompt` ([size] bool or None).
 
-    1 / p_mask is the weight of each masked token. With `fixed_count` p_mask = l / eligible, so the weight is eligible / l.
+    1 / p_mask is the weight of each masked token. With `fixed_count` p_mask = l / eligible, so the weight is eligible / l. The
+    draw of a token depends on its position, not on what else is eligible.
     """
     t = noise.noise_level(options.seed, options.stream, sample_id, options.global_batch, options.t_sampling)
     mask = np.zeros(size, bool)
-    eligible = stop - start
-    if eligible <= 0:
-        return mask, t, 1.0
+    purpose = f"{options.stream}/mask"
     if options.masking == "bernoulli":
         p = noise.linear_mask_probability(t, options.eps)
-        mask[start:stop] = randomness.bernoulli(options.seed, f"{options.stream}/mask", sample_id, eligible, p)
+        mask[:length] = randomness.bernoulli(options.seed, purpose, sample_id, length, p)
+        if prompt is not None:
+            mask &= ~prompt
         return mask, t, p
-    count = min(int(np.ceil(t * eligible)), eligible)  # t uniform in (0, 1] -> count uniform in 1..eligible
-    scores = randomness.words(options.seed, f"{options.stream}/mask", sample_id, eligible)
-    mask[start + np.argpartition(scores, count - 1)[:count]] = True
-    return mask, t, count / eligible
+    eligible = np.arange(length) if prompt is None else np.flatnonzero(~prompt[:length])
+    if not len(eligible):
+        return mask, t, 1.0
+    count = min(int(np.ceil(t * len(eligible))), len(eligible))  # t uniform in (0, 1] -> count uniform in 1..eligible
+    scores = randomness.words(options.seed, purpose, sample_id, length)[eligible]
+    mask[eligible[np.argpartition(scores, count - 1)[:count]]] = True
+    return mask, t, count / len(eligible)
 
 
 def masking(samples: Iterable[dict], options: MaskingOptions) -> Iterator[dict]:
     """Adds `mask` [L] bool, `t` and `p_mask` (float) to each sample."""
     for sample in samples:
-        mask, t, p = draw_mask(
-            sample["sample_id"], sample["condition_length"], sample["length"], len(sample["tokens"]), options
-        )
-        yield {**sample, "mask": mask, "t": t, "p_mask": p}
+        size = len(sample["tokens"])
+        length = sample.get("length", size)
+        mask, t, p = draw_mask(sample["sample_id"], length, sample.get("prompt"), size, options)
+        yield {**sample, "length": length, "mask": mask, "t": t, "p_mask": p}
 
 
 def random_length(samples: Iterable[dict], seed: int, probability: float) -> Iterator[dict]:
@@ -76,7 +81,8 @@ def random_length(samples: Iterable[dict], seed: int, probability: float) -> Ite
     Only `length` changes: what follows becomes padding, which is neither attended to, nor masked, nor counted.
     """
     for sample in samples:
-        chance, position = randomness.uniform(seed, "random_length", sample["sample_id"], 2)
-        if chance <= probability:
-            sample = {**sample, "length": int(np.ceil(position * sample["length"]))}
+        index = sample["sample_id"]
+        if randomness.chance(seed, "random_length", index) <= probability:
+            length = sample.get("length", len(sample["tokens"]))
+            sample = {**sample, "length": math.ceil(randomness.chance(seed, "random_length", index, 1) * length)}
         yield sample

@@ -40,7 +40,7 @@ def noise_level(seed: int, stream: str, sample: int, global_batch: int, sampling
     van der Corput order so that any contiguous slice of the batch (a rank's share) is nearly stratified as well, and the
     noise does not grow with the position in the batch. `iid`: t = U.
     """
-    u = float(randomness.uniform(seed, f"{stream}/noise_level", sample, 1)[0])
+    u = randomness.chance(seed, f"{stream}/noise_level", sample)
     if sampling == "iid":
         return u
     step, position = divmod(sample, global_batch)

@@ -9,28 +9,33 @@ interrupted and started again.
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import errno
 import hashlib
 import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from data.chunk_index import write_set_index
+from data.document import Segment
 from data.encode_pool import encode_in_order
 from data.errors import InputError
-from data.manifest import TOKENIZER_FILE, Manifest, ShardEntry, token_dtype
-from data.prepare_options import PrepareOptions, PrepareReport, SetReport, check_options
+from data.manifest import TOKENIZER_FILE, TOTALS, Manifest, ShardEntry, SourceCount, token_dtype
+from data.prepare_options import PrepareOptions, check_options
+from data.prepare_report import PrepareReport, report_sets
 from data.progress import ByteProgress
-from data.shard_set import ShardSet
 from data.shard_writer import ShardWriter
 from data.sources import Source, open_sources
 from data.survey import SETS, InputHash, Survey, document_stream, survey_inputs
-from data.tokenizer import TextTokenizer, even_sample, load_tokenizer, prepare_tokenizer
-from data.workspace import Workspace
+from data.tokenizer import TextTokenizer, load_tokenizer, prepare_tokenizer, tokenizer_file
+from data.tokenizer_training import even_sample
+from data.workspace import Reached, Workspace
 
 BATCH_BYTES = 1 << 20  # of text handed to a process at once
 BYTES_WORTH_A_PROCESS = 2 << 20  # starting a process for less text than this costs more than it saves
@@ -39,6 +44,15 @@ SPARE_DISK_BYTES = 16 << 20
 
 class InputChanged(InputError):
     """The second reading of the inputs gave other text than the first."""
+
+
+class Label(NamedTuple):
+    """Where a document goes: its set, the number of its source, its size in UTF-8 bytes, what is known about it."""
+
+    set_name: str
+    source: int
+    utf8_bytes: int
+    meta: Mapping[str, Any] | None
 
 
 def prepare(options: PrepareOptions, progress: bool = True) -> PrepareReport:
@@ -50,9 +64,7 @@ def prepare(options: PrepareOptions, progress: bool = True) -> PrepareReport:
     started = time.monotonic()
     show = ByteProgress(progress)
     check_options(options)
-    sources = open_sources(
-        options.inputs, source=options.source, text_field=options.text_field, licence=options.licence
-    )
+    sources = open_sources(options.inputs, source=options.source, form=options.form(), licence=options.licence)
     with show.stage("reading") as advance:
         survey = survey_inputs(
             sources,
@@ -81,8 +93,9 @@ def prepare(options: PrepareOptions, progress: bool = True) -> PrepareReport:
                     ) from error
                 raise
         workspace.remove_partial()
-        report = _report(
-            workspace.out, names, survey, time.monotonic() - started, resumed, already_complete=not missing
+        skipped = sum((Counter(source.skipped) for source in survey.sources["train"]), Counter[str]())
+        report = report_sets(
+            workspace.out, names, skipped, time.monotonic() - started, show.times, resumed, already_complete=not missing
         )
     for line in report.lines():
         show.say(line)
@@ -91,20 +104,26 @@ def prepare(options: PrepareOptions, progress: bool = True) -> PrepareReport:
 
 def _prepared_with(options: PrepareOptions, survey: Survey) -> dict[str, Any]:
     """Everything that determines the output, in a form that does not depend on where the files lie."""
-    names = ("val_fraction", "shard_tokens", "chunk_tokens", "eos_token", "seed")
+    names = ("val_fraction", "shard_tokens", "chunk_tokens", "eos_token", "seed", "row_tokens", "max_document_tokens")
     record: dict[str, Any] = {name: getattr(options, name) for name in names}
+    form = options.form()
+    record["long_documents"] = options.long_documents if options.limit() else None
+    record["row_packing"] = options.row_packing if options.row_tokens else None
+    record["chat"] = form.chat.record() if form.chat else None
+    record["chat_turns"] = form.chat_turns if form.chat else None
+    record["condition_fields"] = list(form.condition_fields)
     record["licences"] = [source.licence for source in survey.sources["train"]]
     record["input_sha256"] = survey.input_sha256
     if options.tokenizer is None:
         return record | {"vocab_size": options.vocab_size, "train_bytes": options.train_bytes}
-    path = Path(options.tokenizer)
-    path = path / TOKENIZER_FILE if path.is_dir() else path
+    path = tokenizer_file(options.tokenizer)
     try:
-        return record | {"tokenizer_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise InputError(
-            f"tokenizer: {path} cannot be read ({error.strerror}); give a tokenizer.json, or leave it out"
+            f"tokenizer: {path} cannot be read ({error.strerror}); give another one, or leave it out"
         ) from error
+    return record | {"tokenizer_sha256": sha256, "tokenizer_pattern": options.tokenizer_pattern}
 
 
 def _fill(
@@ -117,39 +136,93 @@ def _fill(
 ) -> int:
     """Write and publish the sets `names`; gives the number of shards that were there already."""
     finished = {name: workspace.resume(name) for name in names}
-    resumed = sum(len(entries) for entries in finished.values())
-    remaining = sum(survey.utf8_bytes(name) - sum(entry.utf8_bytes for entry in finished[name]) for name in names)
+    reached = {name: copy.deepcopy(shards[-1].reached) if shards else Reached() for name, shards in finished.items()}
+    resumed = sum(len(shards) for shards in finished.values())
+    remaining = sum(survey.utf8_bytes(name) - reached[name].utf8_bytes for name in names)
     for other in workspace.other_unfinished():
         show.say(f"note: {other} is unfinished work with other options or input; remove it if it is not needed")
     if resumed:
         show.say(f"going on after {resumed} finished shards")
     tokenizer = _tokenizer(options, sources, survey, workspace, show)
-    dtype = token_dtype(tokenizer.vocab_size)
-    _check_disk(workspace.out, remaining, 2 if dtype == "uint16" else 4)
-    writers = {
-        name: ShardWriter(
+    _check_disk(workspace.out, remaining, 2 if token_dtype(tokenizer.vocab_size) == "uint16" else 4)
+    limit = options.limit()
+
+    def writer(name: str) -> ShardWriter:
+        return ShardWriter(
             workspace.partial / name,
-            dtype=dtype,
+            dtype=token_dtype(tokenizer.vocab_size),
             chunk_tokens=options.chunk_tokens,
             shard_tokens=options.shard_tokens,
-            finished=finished[name],
-            on_shard=partial(workspace.record, name),
+            piece_tokens=limit.tokens if limit else None,
+            row_tokens=options.row_tokens,
+            row_packing=options.row_packing,
+            pad_id=tokenizer.special.pad,
+            finished=[shard.entry for shard in finished[name]],
+            on_shard=lambda entry: workspace.record(name, entry, reached[name]),
         )
-        for name in names
-    }
-    batches = _batches(sources, survey, options.limit_bytes, {name: _documents(finished[name]) for name in names})
-    encoding = encode_in_order(batches, tokenizer, _processes(options.processes, remaining))
+
+    writers = {name: writer(name) for name in names}
+    batches = _batches(sources, survey, options.limit_bytes, {name: reached[name].documents for name in names})
+    encoding = encode_in_order(batches, tokenizer, _processes(options.processes, remaining), limit)
     with show.stage("encoding", remaining) as advance, contextlib.closing(encoding):
         for labels, encoded in encoding:
-            for (name, size), tokens in zip(labels, encoded, strict=True):
-                writers[name].add_document(tokens, size)
-                advance(size)
-    entries = {name: writer.close() for name, writer in writers.items()}
+            for label, one in zip(labels, encoded, strict=True):
+                # First, because adding a document may finish a shard, and then the journal says how far it reached.
+                truncated = one.kept_bytes is not None
+                kept = label.utf8_bytes if one.kept_bytes is None else min(one.kept_bytes, label.utf8_bytes)
+                reached[label.set_name].add(label.source, label.utf8_bytes, kept, one.dropped)
+                if not one.dropped:
+                    writers[label.set_name].add_document(one.tokens, kept, one.spans, label.meta, truncated=truncated)
+                advance(label.utf8_bytes)
+    entries = {name: one.close() for name, one in writers.items()}
     for name in names:
-        workspace.publish(
-            name, _manifest(tokenizer, survey, name, entries[name], options.chunk_tokens, workspace.prepared_with)
-        )
+        if not entries[name]:
+            workspace.remove_partial()
+            raise InputError(
+                f"long_documents: every document of the {name} set was left out for its length; raise the limit or choose"
+                " `--long_documents split`"
+            )
+    for name in names:
+        _publish(workspace, options, tokenizer, _source_counts(survey, name, reached[name]), name, entries[name])
     return resumed
+
+
+def _publish(
+    workspace: Workspace,
+    options: PrepareOptions,
+    tokenizer: TextTokenizer,
+    sources: tuple[SourceCount, ...],
+    name: str,
+    shards: list[ShardEntry],
+) -> None:
+    manifest = Manifest(
+        dtype=token_dtype(tokenizer.vocab_size),
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_file=TOKENIZER_FILE,
+        tokenizer_sha256=tokenizer.sha256,
+        special=tokenizer.special,
+        index_sha256=write_set_index(workspace.partial / name, shards),
+        chunk_tokens=options.chunk_tokens,
+        row_tokens=options.row_tokens,
+        shards=tuple(shards),
+        sources=sources,
+        prepared_with=workspace.prepared_with,
+        **{total: sum(getattr(shard, total) for shard in shards) for total in TOTALS},
+    )
+    workspace.publish(name, manifest)
+
+
+def _source_counts(survey: Survey, name: str, reached: Reached) -> tuple[SourceCount, ...]:
+    """What each source gave to a set, and what was left out of it: of the whole source, and of this set for its length."""
+    return tuple(
+        dataclasses.replace(
+            source,
+            documents=reached.kept.get(str(number), [0, 0])[0],
+            utf8_bytes=reached.kept.get(str(number), [0, 0])[1],
+            skipped=source.skipped | reached.dropped.get(str(number), {}),
+        )
+        for number, source in enumerate(survey.sources[name])
+    )
 
 
 def _tokenizer(
@@ -157,14 +230,15 @@ def _tokenizer(
 ) -> TextTokenizer:
     """The tokenizer of this work: trained or taken over once, then read back from the working folder."""
     path = workspace.partial / TOKENIZER_FILE
+    template = options.form().chat
     if not path.exists():
         budget = min(options.train_bytes, survey.utf8_bytes("train"))
         if options.tokenizer is None:
             show.say(f"training a tokenizer of {options.vocab_size:,} entries on {budget / 1e6:,.1f} MB")
         train_texts = (
-            document.text
-            for index, (_, document, _) in enumerate(document_stream(sources, options.limit_bytes))
-            if survey.set_of(index, document.name) == "train"
+            placed.document.raw_text
+            for placed in document_stream(sources, options.limit_bytes)
+            if survey.set_of(placed.record, placed.document.record) == "train"
         )
         tokenizer = prepare_tokenizer(
             path,
@@ -172,6 +246,8 @@ def _tokenizer(
             texts=even_sample(train_texts, survey.utf8_bytes("train"), budget),
             vocab_size=options.vocab_size,
             eos_token=options.eos_token,
+            pattern=options.tokenizer_pattern,
+            more_special=template.special_tokens if template else (),
         )
     else:
         tokenizer = load_tokenizer(path, eos_token=options.eos_token)
@@ -185,41 +261,36 @@ def _tokenizer(
 
 def _batches(
     sources: Sequence[Source], survey: Survey, limit_bytes: int | None, already: dict[str, int]
-) -> Iterator[tuple[list[tuple[str, int]], list[str]]]:
-    """Group documents of the wanted sets into batches of about BATCH_BYTES: ([(set, UTF-8 bytes)], [text]).
+) -> Iterator[tuple[list[Label], list[tuple[Segment, ...]]]]:
+    """Group documents of the wanted sets into batches of about BATCH_BYTES: labels, and the segments of each document.
 
     The first `already[set]` documents of each set are left out, they lie in finished shards. Raises InputError when
     the input is no longer what the survey read.
     """
     seen = dict.fromkeys(already, 0)
     input_hash = InputHash()
-    labels: list[tuple[str, int]] = []
-    texts: list[str] = []
+    labels: list[Label] = []
+    documents: list[tuple[Segment, ...]] = []
     size = 0
-    for index, (_, document, text) in enumerate(document_stream(sources, limit_bytes)):
-        input_hash.add(document.name, text)
-        name = survey.set_of(index, document.name)
+    for source, record, document, utf8_bytes in document_stream(sources, limit_bytes, input_hash=input_hash):
+        name = survey.set_of(record, document.record)
         if name not in already:
             continue
         seen[name] += 1
         if seen[name] <= already[name]:
             continue
-        labels.append((name, len(text)))
-        texts.append(document.text)
-        size += len(text)
+        labels.append(Label(name, source, utf8_bytes, document.meta))
+        documents.append(document.segments)
+        size += utf8_bytes
         if size >= BATCH_BYTES:
-            yield labels, texts
-            labels, texts, size = [], [], 0
+            yield labels, documents
+            labels, documents, size = [], [], 0
     if input_hash.hexdigest() != survey.input_sha256:
         raise InputChanged(
             "inputs: the files changed while they were read; run the command again when they are at rest"
         )
-    if texts:
-        yield labels, texts
-
-
-def _documents(entries: Sequence[ShardEntry]) -> int:
-    return sum(entry.documents for entry in entries)
+    if documents:
+        yield labels, documents
 
 
 def _processes(wanted: int, remaining_bytes: int) -> int:
@@ -235,42 +306,3 @@ def _check_disk(out: Path, remaining_bytes: int, item_bytes: int) -> None:
             f"out: {out} has {free / 1e9:.2f} GB free, about {needed / 1e9:.2f} GB are needed;"
             " free some or choose another --out"
         )
-
-
-def _manifest(
-    tokenizer: TextTokenizer,
-    survey: Survey,
-    name: str,
-    shards: list[ShardEntry],
-    chunk_tokens: int,
-    prepared_with: dict[str, Any],
-) -> Manifest:
-    totals = ("tokens", "documents", "split_documents", "utf8_bytes", "chunks")
-    return Manifest(
-        dtype=token_dtype(tokenizer.vocab_size),
-        vocab_size=tokenizer.vocab_size,
-        tokenizer_file=TOKENIZER_FILE,
-        tokenizer_sha256=tokenizer.sha256,
-        special=tokenizer.special,
-        chunk_tokens=chunk_tokens,
-        shards=tuple(shards),
-        sources=tuple(survey.sources[name]),
-        prepared_with=prepared_with,
-        **{total: sum(getattr(shard, total) for shard in shards) for total in totals},
-    )
-
-
-def _report(
-    out: Path, names: list[str], survey: Survey, seconds: float, resumed: int, already_complete: bool
-) -> PrepareReport:
-    """Open every published set once more, so that a report means that the sets can be read."""
-    opened = {name: ShardSet.open(out / name, verify="size") for name in names}
-    reasons: dict[str, int] = {}
-    for source in survey.sources["train"]:
-        for reason, count in source.skipped.items():
-            reasons[reason] = reasons.get(reason, 0) + count
-    sets = {
-        name: SetReport(out / name, shards.documents, shards.tokens, shards.utf8_bytes, len(shards.shards))
-        for name, shards in opened.items()
-    }
-    return PrepareReport(sets, opened[names[0]].vocab_size, reasons, seconds, resumed, already_complete)

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -14,13 +14,21 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 PLAIN_SECONDS = 5.0
 
 
+class StageTime(NamedTuple):
+    """Seconds that a stage took, and seconds of all cores that this process alone worked in it."""
+
+    wall: float
+    cpu: float
+
+
 class ByteProgress:
-    """Progress of stages that work through bytes of text; silent when not `enabled`."""
+    """Progress of stages that work through bytes of text; silent when not `enabled`. `times` has the finished stages."""
 
     def __init__(
         self, enabled: bool = True, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.enabled, self.stream, self.clock = enabled, stream or sys.stderr, clock
+        self.times: dict[str, StageTime] = {}
 
     def say(self, line: str) -> None:
         """Print one plain line."""
@@ -30,6 +38,13 @@ class ByteProgress:
     @contextmanager
     def stage(self, label: str, total_bytes: int | None = None) -> Iterator[Callable[[int], None]]:
         """Run one stage; the function it gives is called with the bytes done since the last call."""
+        wall, cpu = time.monotonic(), time.process_time()
+        with self._shown(label, total_bytes) as advance:
+            yield advance
+        self.times[label] = StageTime(time.monotonic() - wall, time.process_time() - cpu)
+
+    @contextmanager
+    def _shown(self, label: str, total_bytes: int | None) -> Iterator[Callable[[int], None]]:
         if not self.enabled:
             yield lambda done: None
         elif self.stream.isatty():
@@ -64,7 +79,7 @@ class _PlainStage:
         if self.total:
             line += f" of {self.total / 1e6:,.1f} MB ({100 * self.done / self.total:.0f}%)"
         line += f", {rate / 1e6:,.1f} MB/s"
-        if self.total and rate > 0:
+        if self.total and 100 * self.done >= self.total:  # before that it would be a guess
             line += f", about {duration((self.total - self.done) / rate)} left"
         self.progress.say(line)
 

@@ -1,49 +1,49 @@
-"""Turn files, folders and the standard library into a deterministic stream of text documents.
+"""Turn files, folders and the standard library into a deterministic stream of documents.
 
-One .txt, .md or .py file is one document; a .jsonl file (plain, .gz or .zst) holds one document a line. Text is taken
-as it is: no newline translation, no byte-order-mark stripping, NUL characters kept. What cannot be used is counted by
-reason, never dropped silently and never repaired.
+One .txt, .md or .py file is one document; a .jsonl file (plain, .gz or .zst) holds a record a line, a .parquet file a record
+a row. Text is taken as it is: no newline translation, NUL characters and byte-order marks kept (but for a mark before the
+first record of a .jsonl file). What cannot be used is counted by reason, never dropped silently and never repaired.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 import logging
 import os
+import stat
 import sysconfig
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
-import zstandard
-
+from data.chat import Unusable
+from data.document import Document, plain_document
 from data.errors import InputError
+from data.parquet_rows import parquet_rows
+from data.records import PLAIN_RECORDS, RecordFormat, record_documents
+from data.text_lines import text_lines
 
 log = logging.getLogger(__name__)
 
 TEXT_EXTENSIONS = (".txt", ".md", ".py")
 JSONL_EXTENSIONS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-ALLOWED = ", ".join(TEXT_EXTENSIONS + JSONL_EXTENSIONS)
+PARQUET_EXTENSIONS = (".parquet",)
+ALLOWED = ", ".join(TEXT_EXTENSIONS + JSONL_EXTENSIONS + PARQUET_EXTENSIONS)
+MAX_RECORD_BYTES = 256 << 20  # a longer file of text or line of .jsonl is counted and not held in memory
 _NAMES_LOGGED = 10  # per reason; the counts are always complete
-_READ_BYTES = 1 << 17
-
-
-class Document(NamedTuple):
-    """One text and a name that stays the same when other inputs are added."""
-
-    name: str
-    text: str
 
 
 @dataclass
 class SkipLog:
-    """Counts skipped documents by reason, and logs the first names of each when `named`."""
+    """Counts skipped records by reason, and logs the first names of each when `named`.
+
+    `conditions` counts the records in which each condition field was found.
+    """
 
     counts: Counter[str] = field(default_factory=Counter)
+    conditions: Counter[str] = field(default_factory=Counter)
     named: bool = True
 
     def add(self, reason: str, name: str, detail: str = "") -> None:
@@ -64,32 +64,34 @@ class Source:
     name: str
     root: Path
     licence: str
-    text_field: str = "text"
+    form: RecordFormat = PLAIN_RECORDS
     standard_library: bool = False
 
     def documents(self, skips: SkipLog | None = None) -> Iterator[Document]:
         """Yield every usable document, always in the same order.
 
-        `skips` receives (and logs) what was left out: `invalid_utf8`, `empty`, `invalid_json`, `no_text_field`,
-        `unknown_extension`. Raises InputError for a file that cannot be read or whose compressed stream is damaged.
+        `skips` receives (and logs) what was left out and why; docs/data-prepare.md lists the reasons. Raises InputError
+        for a file that cannot be read or is damaged.
         """
         skips = skips if skips is not None else SkipLog(named=False)
         if not self.root.is_dir():
-            yield from _file_documents(self.root, self.name, self.text_field, skips)
+            yield from _file_documents(self.root, self.name, self.form, skips)
             return
         for path in _walk(self.root, python_only=self.standard_library):
             name = f"{self.name}/{path.relative_to(self.root).as_posix()}"
             if _kind(path) is None:
                 skips.counts["unknown_extension"] += 1
+            elif not stat.S_ISREG(path.stat().st_mode if path.exists() else 0):
+                skips.add("not_a_file", name)  # reading a pipe or a socket could wait for ever
             else:
-                yield from _file_documents(path, name, self.text_field, skips)
+                yield from _file_documents(path, name, self.form, skips)
 
 
 def open_sources(
     inputs: Sequence[str | os.PathLike[str]],
     *,
     source: Literal["stdlib"] | None = None,
-    text_field: str = "text",
+    form: RecordFormat = PLAIN_RECORDS,
     licence: str = "unspecified",
 ) -> list[Source]:
     """Check the inputs and describe each as a Source, without reading any text yet.
@@ -107,17 +109,17 @@ def open_sources(
         path = Path(given)
         if not path.exists():
             raise InputError(f"inputs: {path} does not exist; give a folder or files of type {ALLOWED}")
+        if not path.is_file() and not path.is_dir():
+            raise InputError(f"inputs: {path} is neither a file nor a folder; give a folder or files of type {ALLOWED}")
         if path.is_file() and _kind(path) is None:
             raise InputError(f"inputs: {path} has an extension that is not known; allowed are {ALLOWED} and folders")
         resolved = path.resolve()
         if resolved in seen:
             raise InputError(f"inputs: {path} is given twice; name each input once")
         seen.add(resolved)
-        sources.append(Source(resolved.name or "root", path, licence, text_field))
+        sources.append(Source(resolved.name or "root", path, licence, form))
     if source == "stdlib":
-        sources.append(
-            Source("stdlib", Path(sysconfig.get_path("stdlib")), "PSF-2.0", text_field, standard_library=True)
-        )
+        sources.append(Source("stdlib", Path(sysconfig.get_path("stdlib")), "PSF-2.0", form, standard_library=True))
     if not sources:
         raise InputError(
             "inputs: nothing to read; name files and folders (`prepare TEXTS/ --out ...`), or give --source stdlib"
@@ -128,14 +130,14 @@ def open_sources(
 def iter_documents(
     paths: Sequence[str | os.PathLike[str]] | Literal["stdlib"],
     *,
-    text_field: str = "text",
+    form: RecordFormat = PLAIN_RECORDS,
     skips: SkipLog | None = None,
 ) -> Iterator[Document]:
     """Yield the documents of files and folders, or of the running Python's standard library for "stdlib".
 
     Raises InputError as `open_sources` does, and when there is not one document in all of them.
     """
-    sources = open_sources([], source="stdlib") if paths == "stdlib" else open_sources(paths, text_field=text_field)
+    sources = open_sources([], source="stdlib") if paths == "stdlib" else open_sources(paths, form=form)
     skips = skips if skips is not None else SkipLog()
     found = False
     for source in sources:
@@ -150,14 +152,21 @@ def no_documents_error(sources: Iterable[Source], counts: Counter[str]) -> Input
     """The error for inputs that hold no usable document, with what was skipped and why."""
     where = ", ".join(str(source.root) for source in sources)
     skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items())) or "nothing skipped"
-    hint = "; choose the field with --text_field" if counts["no_text_field"] else ""
+    hints = {
+        "no_text_field": "; choose the field with --text_field, or read conversations with --chat",
+        "no_messages": "; choose the field with --chat_field",
+        "too_large": f"; a document may have {MAX_RECORD_BYTES >> 20} MiB, cut it into several",
+    }
+    hint = next((hint for reason, hint in hints.items() if counts[reason]), "")
     return InputError(f"inputs: no documents in {where} ({skipped}); readable are {ALLOWED}{hint}")
 
 
-def _kind(path: Path) -> Literal["text", "jsonl"] | None:
+def _kind(path: Path) -> Literal["text", "jsonl", "parquet"] | None:
     name = path.name.lower()
     if name.endswith(TEXT_EXTENSIONS):
         return "text"
+    if name.endswith(PARQUET_EXTENSIONS):
+        return "parquet"
     return "jsonl" if name.endswith(JSONL_EXTENSIONS) else None
 
 
@@ -175,11 +184,27 @@ def _walk(root: Path, python_only: bool) -> Iterator[Path]:
                 yield Path(folder, name)
 
 
-def _file_documents(path: Path, name: str, text_field: str, skips: SkipLog) -> Iterator[Document]:
-    if _kind(path) == "jsonl":
-        yield from _jsonl_documents(path, name, text_field, skips)
+def _file_documents(path: Path, name: str, form: RecordFormat, skips: SkipLog) -> Iterator[Document]:
+    kind = _kind(path)
+    if kind == "text":
+        yield from _text_documents(path, name, form, skips)
+        return
+    records = _jsonl_records(path, name, skips) if kind == "jsonl" else _parquet_records(path, name, form, skips)
+    for record_name, record in records:
+        try:
+            yield from record_documents(record_name, record, form, skips.conditions)
+        except Unusable as unusable:
+            skips.add(unusable.reason, record_name, unusable.detail)
+
+
+def _text_documents(path: Path, name: str, form: RecordFormat, skips: SkipLog) -> Iterator[Document]:
+    if form.chat:
+        skips.add("not_a_chat", name)
         return
     try:
+        if path.stat().st_size > MAX_RECORD_BYTES:
+            skips.add("too_large", name)
+            return
         content = path.read_bytes()
     except OSError as error:
         raise InputError(f"inputs: cannot read {path}: {error.strerror}") from error
@@ -189,89 +214,33 @@ def _file_documents(path: Path, name: str, text_field: str, skips: SkipLog) -> I
         skips.add("invalid_utf8", name, f"byte {error.start}")
         return
     if text:
-        yield Document(name, text)
+        yield plain_document(name, text)
     else:
         skips.add("empty", name)
 
 
-def _jsonl_documents(path: Path, name: str, text_field: str, skips: SkipLog) -> Iterator[Document]:
-    for number, line in enumerate(_lines(path), start=1):
+def _jsonl_records(path: Path, name: str, skips: SkipLog) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(text_lines(path, MAX_RECORD_BYTES), start=1):
         line_name = f"{name}:{number}"
+        if line is None:
+            skips.add("too_large", line_name)
+            continue
+        if not line.strip():
+            skips.add("empty", line_name)
+            continue
         try:
-            record = json.loads(line.decode("utf-8")) if line.strip() else {text_field: ""}
+            record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError as error:
             skips.add("invalid_utf8", line_name, f"byte {error.start}")
-            continue
         except (ValueError, RecursionError):
             skips.add("invalid_json", line_name)
-            continue
-        text = record.get(text_field) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            keys = ", ".join(sorted(record)[:5]) if isinstance(record, dict) else "not an object"
-            skips.add("no_text_field", line_name, f"field {text_field!r} wanted, found: {keys}")
-        elif not text:
-            skips.add("empty", line_name)
-        elif not _encodable(text):
-            skips.add("invalid_utf8", line_name, "a lone surrogate")
         else:
-            yield Document(line_name, text)
+            yield line_name, record
 
 
-def _encodable(text: str) -> bool:
-    """False for lone surrogates: JSON can spell them as escapes, UTF-8 cannot."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    """Lines of a plain, gzip or zstandard file; memory is one line and one read."""
-    name = path.name.lower()
-    try:
-        if name.endswith(".zst"):
-            yield from _split_lines(_zstandard_pieces(path))
-        elif name.endswith(".gz"):
-            with gzip.open(path, "rb") as file:
-                yield from file
+def _parquet_records(path: Path, name: str, form: RecordFormat, skips: SkipLog) -> Iterator[tuple[str, Any]]:
+    for number, row in enumerate(parquet_rows(path, form.fields), start=1):
+        if row is None:
+            skips.add("invalid_utf8", f"{name}:{number}")
         else:
-            with open(path, "rb") as file:
-                yield from file
-    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-        raise InputError(f"inputs: {path} is damaged or cut short ({error}); copy it again") from error
-    except OSError as error:
-        raise InputError(f"inputs: cannot read {path}: {error.strerror}") from error
-
-
-def _zstandard_pieces(path: Path) -> Iterator[bytes]:
-    """Decompress frame after frame.
-
-    The library's own stream reader ends without an error at the end of the first frame and at a cut in the middle of
-    one; both would lose text silently.
-    """
-    decompressor = zstandard.ZstdDecompressor()
-    frame = None
-    with open(path, "rb") as file:
-        while compressed := file.read(_READ_BYTES):
-            while compressed:
-                frame = frame or decompressor.decompressobj()
-                yield frame.decompress(compressed)
-                if not frame.eof:
-                    break
-                compressed, frame = frame.unused_data, None
-    if frame is not None:
-        raise EOFError("the last zstandard frame has no end")
-
-
-def _split_lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    started: list[bytes] = []
-    for piece in pieces:
-        *complete, rest = piece.split(b"\n")
-        for line in complete:
-            yield b"".join([*started, line])
-            started = []
-        if rest:
-            started.append(rest)
-    if started:
-        yield b"".join(started)
+            yield f"{name}:{number}", row

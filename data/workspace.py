@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data.durable import fsync_folder, take_lock, write_durably
 from data.errors import InputError
@@ -20,6 +21,36 @@ from data.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, ShardEntry, r
 
 JOURNAL_FILE = "journal.jsonl"
 LOCK_FILE = ".prepare.lock"
+
+
+@dataclass
+class Reached:
+    """How far a set's part of the input was used up when a shard was finished.
+
+    `documents` and `utf8_bytes` count what was read for the set. What came of it by source number (as text, for JSON):
+    `kept` is [documents, UTF-8 bytes] in the shards, `dropped` {reason: documents} of what was left out for its length.
+    """
+
+    documents: int = 0
+    utf8_bytes: int = 0
+    kept: dict[str, list[int]] = field(default_factory=dict)
+    dropped: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def add(self, source: int, utf8_bytes: int, kept_bytes: int, dropped: str | None) -> None:
+        self.documents += 1
+        self.utf8_bytes += utf8_bytes
+        if dropped:
+            reasons = self.dropped.setdefault(str(source), {})
+            reasons[dropped] = reasons.get(dropped, 0) + 1
+        else:
+            kept = self.kept.setdefault(str(source), [0, 0])
+            kept[0] += 1
+            kept[1] += kept_bytes
+
+
+class FinishedShard(NamedTuple):
+    entry: ShardEntry
+    reached: Reached
 
 
 class Workspace:
@@ -71,21 +102,22 @@ class Workspace:
         """Work that was begun in OUT with other options or input and never finished."""
         return sorted(path for path in self.out.glob(".partial-*") if path != self.partial)
 
-    def resume(self, set_name: str) -> list[ShardEntry]:
+    def resume(self, set_name: str) -> list[FinishedShard]:
         """The set's finished shards, in order; whatever else an interrupted run left gets written over."""
         folder = self.partial / set_name
         folder.mkdir(parents=True, exist_ok=True)
-        entries: list[ShardEntry] = []
-        for entry in self._journalled(set_name):
+        finished: list[FinishedShard] = []
+        for entry, reached in self._journalled(set_name):
             shard, index = folder / entry.file, folder / entry.index_file
             if not (shard.is_file() and index.is_file() and shard.stat().st_size == entry.bytes):
                 break
-            entries.append(entry)
-        return entries
+            finished.append(FinishedShard(entry, reached))
+        return finished
 
-    def record(self, set_name: str, entry: ShardEntry) -> None:
+    def record(self, set_name: str, entry: ShardEntry, reached: Reached) -> None:
         """Add a shard that is safely on disk to the journal."""
-        line = json.dumps({"set": set_name, "shard": dataclasses.asdict(entry)}) + "\n"
+        record = {"set": set_name, "shard": dataclasses.asdict(entry), "reached": dataclasses.asdict(reached)}
+        line = json.dumps(record) + "\n"
         with open(self.partial / JOURNAL_FILE, "ab") as journal:
             journal.write(line.encode())
             journal.flush()
@@ -103,10 +135,10 @@ class Workspace:
         """Drop the working folder: every set is published, or what is in it cannot be trusted."""
         shutil.rmtree(self.partial, ignore_errors=True)
 
-    def _journalled(self, set_name: str) -> list[ShardEntry]:
+    def _journalled(self, set_name: str) -> list[FinishedShard]:
         journal = self.partial / JOURNAL_FILE
         lines = journal.read_bytes().split(b"\n") if journal.exists() else []
-        by_file: dict[str, ShardEntry] = {}
+        by_file: dict[str, FinishedShard] = {}
         good = b""
         for line in lines[:-1]:  # what follows the last newline was being written when the run died
             try:
@@ -115,7 +147,8 @@ class Workspace:
                 break
             good += line + b"\n"
             if record["set"] == set_name:
-                by_file[record["shard"]["file"]] = ShardEntry(**record["shard"])
+                shard = FinishedShard(ShardEntry(**record["shard"]), Reached(**record["reached"]))
+                by_file[shard.entry.file] = shard
         if lines and good != b"\n".join(lines):
             write_durably(journal, good)
         return list(by_file.values())

@@ -1,15 +1,186 @@
-"""Non-causal attention with rotary positions: one small interface over scaled_dot_product_attention.
+"""Non-causal attention with rotary positions: one small interface over the kernels, whole samples or isolated documents.
+
+`find_documents` looks at a microbatch once, on the host; `keep_apart` says how its documents are isolated in all layers;
+`attention` then runs in each:
+
+    one document a sample           scaled_dot_product_attention without a mask (the fused kernels)
+    CUDA, bf16 or fp16              varlen_attn (FlashAttention over the documents' bounds), if it gives the right numbers here
+    CPU, not compiled               scaled_dot_product_attention of one document after the other
+    anything else                   scaled_dot_product_attention with one boolean mask [B, 1, L, L] for all layers and heads
 
 Shapes: B samples, L tokens, N query heads, K key/value heads, D head size.
 """
 
 from __future__ import annotations
 
-from typing import Optional
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple, Optional, Union
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+
+class Documents(NamedTuple):
+    """Which tokens of a microbatch belong together: those of one sample with the same id. Padding (-1) counts as a document.
+
+    A named tuple of tensors and numbers, so that engines' hooks and torch.compile can look through it.
+    """
+
+    ids: Tensor  # [B, L] int32
+    # [number + 1] int32: document i is tokens [bounds[i], bounds[i + 1]) of the B x L tokens in order; the last ones are empty.
+    # None if the tokens of a document are not next to each other.
+    bounds: Optional[Tensor]
+    longest: int  # at least the tokens of the longest document
+
+    def mask(self) -> Tensor:
+        """[B, 1, L, L] bool: query (third) and key (fourth) are of one document."""
+        return self.ids[:, None, :, None] == self.ids[:, None, None, :]
+
+
+# How documents are kept apart: by their bounds, by a mask [B, 1, L, L], or None: each sample is one document.
+Isolation = Union[Documents, Tensor, None]
+
+
+def find_documents(document_ids_BL: Tensor, device: torch.device) -> Optional[Documents]:
+    """The documents of a microbatch, on `device`; None if every sample is one document.
+
+    Reads [B, L] ids on the host: given those that the loader made (CPU), nothing waits for the device.
+    Numbers that become sizes in a compiled graph are rounded up to powers of two, so that few graphs serve all microbatches.
+    """
+    samples, length = document_ids_BL.shape
+    ids = document_ids_BL.cpu().numpy()
+    begins = np.ones((samples, length), bool)
+    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    starts = np.flatnonzero(begins)
+    if len(starts) == samples:
+        return None
+    on_device = document_ids_BL.to(device, torch.int32, non_blocking=True)
+    runs = np.stack([starts // length, ids.reshape(-1)[starts]])
+    if np.unique(runs, axis=1).shape[1] < len(starts):
+        return Documents(on_device, None, length)
+    bounds = np.full(_power_of_two(len(starts)) + 1, samples * length, np.int32)
+    bounds[: len(starts)] = starts
+    # At least 128, the tile of the kernels: for 1 they would take a path made for decoding.
+    longest = max(128, _power_of_two(int(np.diff(bounds).max())))
+    return Documents(on_device, torch.from_numpy(bounds).to(device, non_blocking=True), longest)
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest one that is not less."""
+    return 1 << (number - 1).bit_length()
+
+
+def keep_apart(documents: Optional[Documents], dtype: torch.dtype, head_dim: int) -> Isolation:
+    """How `attention` is to keep documents apart in all layers of a microbatch, for queries of this dtype and head size."""
+    if documents is None:
+        return None
+    device = documents.ids.device
+    fits = device.type == "cpu" or device.type == "cuda" and varlen_works(device, dtype, head_dim)
+    return documents if fits and documents.bounds is not None else documents.mask()
+
+
+def attention(q_BNLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, isolation: Isolation = None) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v over all tokens of the sample, or of the token's document, [B, N, L, D].
+
+    isolation: what `keep_apart` gave; None if every sample is one document (the fast path).
+    """
+    if isolation is None:
+        return _attend(q_BNLD, k_BKLD, v_BKLD)
+    if isinstance(isolation, Tensor):
+        return _attend_masked(q_BNLD, k_BKLD, v_BKLD, isolation)
+    if q_BNLD.is_cuda:
+        return _attend_within(q_BNLD, k_BKLD, v_BKLD, isolation, _varlen)
+    if torch.compiler.is_compiling():  # a loop over documents would be compiled anew for every microbatch
+        return _attend_masked(q_BNLD, k_BKLD, v_BKLD, isolation.mask())
+    return _attend_within(q_BNLD, k_BKLD, v_BKLD, isolation, _one_by_one)
+
+
+def _attend(q_BNLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor) -> Tensor:
+    grouped = q_BNLD.shape[1] != k_BKLD.shape[1]
+    return F.scaled_dot_product_attention(q_BNLD, k_BKLD, v_BKLD, is_causal=False, enable_gqa=grouped)
+
+
+def _attend_masked(q_BNLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, mask_B1LL: Tensor) -> Tensor:
+    groups = q_BNLD.shape[1] // k_BKLD.shape[1]
+    if groups > 1:  # the fused CUDA kernels that take a mask do not take grouped heads
+        k_BKLD, v_BKLD = (x.repeat_interleave(groups, dim=1) for x in (k_BKLD, v_BKLD))
+    return F.scaled_dot_product_attention(q_BNLD, k_BKLD, v_BKLD, attn_mask=mask_B1LL, is_causal=False)
+
+
+# (q [T, N, D], k and v [T, K, D], bounds, longest) -> [T, N, D]; T = B x L tokens end to end
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+
+
+def _attend_within(q_BNLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, documents: Documents, kernel: Kernel) -> Tensor:
+    """By a kernel that takes bounds. No copy of what a projection made: its heads lie behind its tokens in memory."""
+    assert documents.bounds is not None, "scattered documents need a mask"
+    q_TND, k_TKD, v_TKD = (x.transpose(1, 2).flatten(0, 1) for x in (q_BNLD, k_BKLD, v_BKLD))
+    out_TND = kernel(q_TND, k_TKD, v_TKD, documents.bounds, documents.longest)
+    return out_TND.unflatten(0, (q_BNLD.shape[0], -1)).transpose(1, 2)
+
+
+def _one_by_one(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, bounds: Tensor, longest: int) -> Tensor:
+    """The cost is the sum of squares of the documents' lengths, and no mask is ever built."""
+    sizes = [size for size in bounds.diff().tolist() if size]
+    parts = zip(*(x.split(sizes) for x in (q_TND, k_TKD, v_TKD)))
+    outputs = [_attend(*(part.transpose(0, 1)[None] for part in document)) for document in parts]
+    return torch.cat([output[0].transpose(0, 1) for output in outputs])
+
+
+# Older releases have no such word: there the kernel takes grouped heads unasked.
+_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+def _varlen(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, bounds: Tensor, longest: int) -> Tensor:
+    options = _GROUPED if q_TND.shape[1] != k_TKD.shape[1] else {}
+    output = varlen_attn(q_TND, k_TKD, v_TKD, bounds, bounds, longest, longest, **options)
+    assert isinstance(output, Tensor)
+    return output
+
+
+@functools.cache
+def varlen_works(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether varlen_attn takes such queries on this GPU and gives what one document after the other gives. Asked once.
+
+    It needs 16-bit floats and a head size that is a multiple of 8, at most 256; that it lacks these is no surprise. Any
+    other reason is a warning of one line: training goes on with a mask, which is slower.
+    """
+    if dtype not in (torch.bfloat16, torch.float16) or head_dim % 8 or head_dim > 256:
+        return False
+    if wrong := kernel_fault(_varlen, device, dtype, head_dim):
+        warnings.warn(f"documents are kept apart by a mask, which is slower: varlen_attn {wrong}", stacklevel=2)
+    return not wrong
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def kernel_fault(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """What is wrong with a kernel's output or gradients on a few short documents with grouped heads; "" if nothing is."""
+    bounds = torch.tensor(
+        [0, 1, 70, 199, 200, 330, 330, 330], dtype=torch.int32, device=device
+    )  # also of 1 token, and of none
+    tokens = torch.arange(330 * 4 * head_dim, dtype=torch.float64).view(330, 4, head_dim)
+    query, upstream = ((tokens * a).sin().to(device, dtype) for a in (0.7, 1.3))
+    key, value = ((tokens[:, :2] * a).cos().to(device, dtype) for a in (1.1, 1.7))
+    results = []
+    for attend, kind in ((kernel, dtype), (_one_by_one, torch.float64)):
+        q, k, v = (x.to(kind).requires_grad_() for x in (query, key, value))
+        try:
+            output = attend(q, k, v, bounds, 256)
+            results.append([output.detach(), *torch.autograd.grad(output, (q, k, v), upstream.to(kind))])
+        except (ImportError, RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+            return f"cannot run here: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    for name, found, truth in zip(("its output", "dq", "dk", "dv"), *results, strict=True):
+        off = float((found.double() - truth).norm() / truth.norm())
+        if not off < 4 * torch.finfo(dtype).eps:  # a NaN is wrong too
+            return f"is off by {off:.1e} in {name}"
+    return ""
 
 
 def rotary_angles(position_ids_BL: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -28,18 +199,3 @@ def rotate(x_BNLD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     wide = x_BNLD.to(torch.promote_types(x_BNLD.dtype, torch.float32))
     first, second = wide.chunk(2, -1)
     return (wide * cos + torch.cat((-second, first), -1) * sin).to(x_BNLD.dtype)
-
-
-def attention(q_BNLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, document_ids_BL: Optional[Tensor] = None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, every token seeing every token, [B, N, L, D].
-
-    With `document_ids` a token sees only tokens of its own document (padding, -1, sees only padding). Without,
-    no L x L tensor is built and the fused kernels are used; pass None whenever a microbatch has one document per sample.
-    """
-    groups = q_BNLD.shape[1] // k_BKLD.shape[1]
-    if document_ids_BL is None:
-        return F.scaled_dot_product_attention(q_BNLD, k_BKLD, v_BKLD, is_causal=False, enable_gqa=groups > 1)
-    same_document = document_ids_BL[:, None, :, None] == document_ids_BL[:, None, None, :]
-    if groups > 1:  # the fused CUDA kernels that take a mask do not take grouped heads
-        k_BKLD, v_BKLD = (x.repeat_interleave(groups, dim=1) for x in (k_BKLD, v_BKLD))
-    return F.scaled_dot_product_attention(q_BNLD, k_BKLD, v_BKLD, attn_mask=same_document, is_causal=False)

@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor, nn
 
-from parallel.attention import attention, rotate
+from parallel.attention import Isolation, attention, rotate
 from parallel.loss import DiffusionLossOutput, check_vocab_shards, diffusion_loss
 from parallel.mesh import Mesh
 from parallel.recompute import recomputed
@@ -134,8 +134,8 @@ class TransformerBlock(nn.Module):
         """torch.compile of the block's arithmetic, recomputation included."""
         self.compute = torch.compile(self.compute)
 
-    def forward(self, x_BLH: Tensor, cos: Tensor, sin: Tensor, document_ids_BL: Optional[Tensor] = None) -> Tensor:
-        return self.compute(x_BLH, cos, sin, document_ids_BL)
+    def forward(self, x_BLH: Tensor, cos: Tensor, sin: Tensor, isolation: Isolation = None) -> Tensor:
+        return self.compute(x_BLH, cos, sin, isolation)
 
     def _enter(self, x: Tensor) -> Tensor:
         """Into the tensor-parallel region: [B, L, H] on every rank; backward sums the gradient over the ranks."""
@@ -152,10 +152,10 @@ class TransformerBlock(nn.Module):
     def _heads(self, x_BLC: Tensor) -> Tensor:
         return x_BLC.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def _compute(self, x_BLH: Tensor, cos: Tensor, sin: Tensor, document_ids_BL: Optional[Tensor]) -> Tensor:
+    def _compute(self, x_BLH: Tensor, cos: Tensor, sin: Tensor, isolation: Isolation) -> Tensor:
         y = self._enter(self.attention_norm(x_BLH))
         q_BNLD, k_BKLD, v_BKLD = (self._heads(_project(y, w)) for w in (self.q_proj, self.k_proj, self.v_proj))
-        a_BNLD = attention(rotate(q_BNLD, cos, sin), rotate(k_BKLD, cos, sin), v_BKLD, document_ids_BL)
+        a_BNLD = attention(rotate(q_BNLD, cos, sin), rotate(k_BKLD, cos, sin), v_BKLD, isolation)
         x_BLH = x_BLH + self._leave(_project(a_BNLD.transpose(1, 2).flatten(2), self.o_proj))
         y = self._enter(self.ffn_norm(x_BLH))
         gated = F.silu(_project(y, self.gate_proj)) * _project(y, self.up_proj)

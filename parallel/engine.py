@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from parallel.attention import find_documents
 from parallel.boxes import Boxes
 from parallel.mesh import Mesh
 
@@ -85,23 +86,21 @@ class Engine(Protocol):
         ...
 
 
-def model_inputs(microbatch: Microbatch, device: torch.device, normalizer: Tensor) -> dict[str, Tensor | None]:
-    """The model's keyword arguments. document_ids is dropped when no attention mask is needed."""
-    inputs: dict[str, Tensor | None] = {k: microbatch[k].to(device) for k in MODEL_INPUTS if k in microbatch}
+def model_inputs(microbatch: Microbatch, device: torch.device, normalizer: Tensor) -> dict[str, Any]:
+    """The model's keyword arguments on `device`; document_ids as parallel.attention.find_documents gives them (or None)."""
+    inputs: dict[str, Any] = {
+        k: microbatch[k].to(device) for k in MODEL_INPUTS if k in microbatch and k != "document_ids"
+    }
     inputs["inputs"] = inputs.pop("noisy_ids")
     if "target_ids" in inputs:
         inputs["normalizer"] = normalizer
-    documents = microbatch.get("document_ids")
-    if documents is not None and bool((documents == documents[:, :1]).all()):
-        inputs["document_ids"] = None
+    if "document_ids" in microbatch:
+        inputs["document_ids"] = find_documents(microbatch["document_ids"], device)
     return inputs
 
 
 def joined_inputs(microbatches: Sequence[Microbatch], device: torch.device) -> Microbatch:
-    """The inputs of all microbatches end to end, without document_ids where no microbatch needs a mask, without normalizer."""
+    """The inputs of all microbatches end to end, without normalizer; document_ids where they are, for each stage to look at."""
     joined = {k: torch.cat([m[k] for m in microbatches]) for k in MODEL_INPUTS if k in microbatches[0]}
-    documents = joined.get("document_ids")
-    if documents is not None and bool((documents == documents[:, :1]).all()):
-        del joined["document_ids"]
     joined["inputs"] = joined.pop("noisy_ids")
-    return {k: tensor.to(device) for k, tensor in joined.items()}
+    return {k: tensor if k == "document_ids" else tensor.to(device) for k, tensor in joined.items()}

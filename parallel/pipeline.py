@@ -21,6 +21,7 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
+from parallel.attention import find_documents
 from parallel.engine import LossOutput, Microbatch, joined_inputs, model_inputs
 from parallel.layout import Layout
 from parallel.mesh import Mesh
@@ -39,6 +40,8 @@ class Stage(PipelineStage):
 
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
         kwargs["normalizer"] = kwargs["normalizer"].reshape(())
+        if "document_ids" in kwargs:
+            kwargs["document_ids"] = find_documents(kwargs["document_ids"], self.device)
         output = super().forward_maybe_with_nosync(*args, **kwargs)
         return (torch.stack([output.loss]), output.ce, output.correct) if self.is_last else output
 
@@ -124,8 +127,7 @@ class Pipeline:
     def forward(self, microbatch: Microbatch) -> LossOutput | Tensor:
         """One microbatch of any size through all chunks; the output is the same on every pipeline rank."""
         inputs = model_inputs(microbatch, self.mesh.device, torch.ones((), device=self.mesh.device))
-        ids = inputs.pop("inputs")
-        assert ids is not None
+        ids: Tensor = inputs.pop("inputs")
         x: Any = ids
         for chunk in range(self.layout.chunks):
             here, before = self.layout.rank_of(chunk), self.layout.rank_of(max(chunk - 1, 0))

@@ -23,6 +23,12 @@ _ATTENTION = [
     )
     if hasattr(torch.ops.aten, name)
 ]
+try:
+    import torch.nn.attention.varlen  # registers the operator
+
+    _ATTENTION.append(torch.ops.torch_attn._varlen_attn.default)
+except (ImportError, AttributeError):  # an older torch
+    pass
 
 
 def recomputed(compute: Callable, mode: str) -> Callable:

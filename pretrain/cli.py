@@ -18,6 +18,8 @@ HELP = """Palimpsest: pretraining of masked-diffusion language models.
 usage: python -m pretrain COMMAND [options]        (COMMAND --help shows the options)
 
   prepare     text -> tokenizer + tar shards          prepare --source stdlib --out runs/stdlib --vocab-size 8192
+  data        whether every byte of a shard set is    data verify runs/stdlib/train [--processes 4]
+              as it must be, and what is in it        data inspect https://host/sets/train
   train       train a model; on an existing run       train --config configs/quickstart.yaml [--section.key value ...]
               folder it goes on where it stopped      (several ranks: torchrun --nproc-per-node 2 -m pretrain train ...)
   sample      text from a checkpoint, shown live      sample --run runs/quickstart --prompt "def main("
@@ -75,6 +77,31 @@ def _prepare(arguments: Sequence[str]) -> int:
 
     prepare(_options(PrepareOptions, "prepare", arguments, positional="inputs"))
     return 0
+
+
+def _data(arguments: Sequence[str]) -> int:
+    what = arguments[0] if arguments else ""
+    if what in ("-h", "--help"):
+        print(
+            "data verify LOCATION: reads every byte of a shard set, lists all that is wrong; exit code 2 if anything is"
+        )
+        print("data inspect LOCATION: what a shard set holds: counts, lengths of documents, spans, padding, licences")
+        return 0
+    if what not in ("verify", "inspect"):
+        raise InputError("data: say `data verify LOCATION` or `data inspect LOCATION`")
+    from pretrain import data_command
+
+    if what == "inspect":
+        return data_command.inspect(_located(data_command.InspectOptions, "data inspect", arguments[1:]))
+    return data_command.verify(_located(data_command.VerifyOptions, "data verify", arguments[1:]))
+
+
+def _located(cls: type, name: str, arguments: Sequence[str]) -> Any:
+    """An options dataclass whose field `location` is the argument without a name."""
+    parser = _parser(f"{name}: {(cls.__doc__ or '').splitlines()[0]}")
+    parser.add_argument("location", help="a folder that holds manifest.json, or its address (https://, s3://, gs://)")
+    parser.add_class_arguments(cls, skip={"location"})
+    return cls(**vars(parser.instantiate(_parse(parser, name, arguments))))
 
 
 def _train(arguments: Sequence[str]) -> int:
@@ -181,6 +208,7 @@ def _brief(message: str) -> str:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "prepare": _prepare,
+    "data": _data,
     "train": _train,
     "sample": _sample,
     "plot": _plot,

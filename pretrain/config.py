@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, Optional
+from typing import Literal, Optional, Union
 
 
 @dataclass
@@ -53,32 +53,62 @@ class ModelConfig:
 
 
 @dataclass
+class SourceConfig:
+    """One source of a mixture.
+
+    Args:
+        path: folder or address of a shard set.
+        weight: its share of the samples, relative to the others'; none for all sources: each counts by its tokens.
+        epochs: how often it is read at most (fractions too); the others then share the rest. None: without end.
+        name: in metrics, and what its order follows from; by default the folder's (for NAME/train, NAME).
+    """
+
+    path: str
+    weight: Optional[float] = None
+    epochs: Optional[float] = None
+    name: str = ""
+
+
+@dataclass
 class DataConfig:
     """What the model reads.
 
     Args:
-        shards: folder of the training set (manifest.json, tars), made by `prepare`.
-        val_shards: folder of the validation set.
+        shards: folder or address of the training set (manifest.json, tars), made by `prepare`; or a list of sources.
+        val_shards: folder or address of the validation set.
         sequence_length: tokens in a block.
-        packing: `concat`: documents end to end, cut into blocks (LLaDA).
-        pad_policy: `excluded`: padding carries no loss and is never attended to.
+        shuffle_window: tokens shuffled among each other (0: the whole set); small for network and remote storage.
+        packing: `concat`: documents end to end, cut into blocks (LLaDA); `isolate`: the same blocks, whose documents do not see
+            each other and begin at position 0.
+        pad_policy: `excluded`: padding carries no loss and is never attended to; `eos_in_loss`: what a row of whole documents
+            has left is text like any other (LLaDA's SFT: the model learns to end).
         random_length_prob: chance that a sample is cut to a uniform random length (LLaDA: 0.01).
         cfg_dropout: chance that a sample's condition is hidden; 0 = off, the objective is unchanged.
-        cfg_condition: what the condition is: `prefix`, a random clean prefix of each block.
+        cfg_condition: what the condition is: `prefix`, a random clean prefix of each block; `spans`, the prompts and
+            conditions in the shards.
         workers: loader processes per rank; 0 reads in the training process. The stream does not depend on it.
         verify: check at the start: `full` (sha256 of every shard), `size`, or `auto` (full below 2 GiB).
+        max_bad_shards: shards that may be missing or damaged; their samples count for nothing, alike on all ranks.
+        reset_stream: begin a new stream where a resumed run has another seed, batch, length or data; else that is refused.
+        cache_dir: where remote shards are kept.
+        cache_gib: most space they take there.
     """
 
-    shards: str = ""
+    shards: Union[str, list[SourceConfig]] = ""
     val_shards: str = ""
     sequence_length: int = 256
-    packing: Literal["concat"] = "concat"
-    pad_policy: Literal["excluded"] = "excluded"
+    shuffle_window: int = 0
+    packing: Literal["concat", "isolate"] = "concat"
+    pad_policy: Literal["excluded", "eos_in_loss"] = "excluded"
     random_length_prob: float = 0.01
     cfg_dropout: float = 0.0
-    cfg_condition: Optional[Literal["prefix"]] = None
+    cfg_condition: Optional[Literal["prefix", "spans"]] = None
     workers: int = 0
     verify: Literal["auto", "full", "size"] = "auto"
+    max_bad_shards: int = 0
+    reset_stream: bool = False
+    cache_dir: str = "~/.cache/palimpsest/shards"
+    cache_gib: float = 64.0
 
 
 @dataclass

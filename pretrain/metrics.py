@@ -25,13 +25,14 @@ def sum_over_ranks(values: Tensor, mesh: Mesh) -> Tensor:
     return values.cpu()
 
 
-def global_counts(batches: Iterable[DiffusionBatch], mesh: Mesh) -> tuple[int, int]:
-    """(loss-eligible tokens, masked tokens) of the global batch, known before the first backward."""
-    local = torch.zeros(2, dtype=torch.float64)
+def global_counts(batches: Iterable[DiffusionBatch], mesh: Mesh, *more: int) -> list[int]:
+    """Loss-eligible tokens and masked tokens of the global batch, known before the first backward, then the sum over the
+    data-parallel ranks of each number in `more`. Exact up to 2**53.
+    """
+    local = torch.tensor([0, 0, *more], dtype=torch.float64)
     for batch in batches:
-        local += torch.stack((batch.eligible.sum(), batch.masked.sum())).double()
-    eligible, masked = sum_over_ranks(local, mesh).tolist()
-    return int(eligible), int(masked)
+        local[:2] += torch.stack((batch.eligible.sum(), batch.masked.sum())).double()
+    return [int(count) for count in sum_over_ranks(local, mesh).tolist()]
 
 
 def token_sums(batch: DiffusionBatch, ce: Tensor, correct: Tensor) -> Tensor:

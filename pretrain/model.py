@@ -11,7 +11,7 @@ from typing import Optional
 
 from torch import Tensor, nn
 
-from parallel.attention import rotary_angles
+from parallel.attention import Documents, find_documents, keep_apart, rotary_angles
 from parallel.block import DiffusionHead, RMSNorm, TransformerBlock, vocab_embedding
 from parallel.engine import LossOutput
 from parallel.initialise import clear_padding, initialise
@@ -72,7 +72,7 @@ class DiffusionTransformer(nn.Module):
         self,
         inputs: Tensor,
         position_ids: Tensor,
-        document_ids: Optional[Tensor] = None,
+        document_ids: Optional[Documents | Tensor] = None,
         target_ids: Optional[Tensor] = None,
         masked: Optional[Tensor] = None,
         weight: Optional[Tensor] = None,
@@ -81,13 +81,15 @@ class DiffusionTransformer(nn.Module):
         """LossOutput when `target_ids` is given, else logits [B, L, V]; a chunk that is not the last gives hidden states.
 
         inputs: noisy ids [B, L], or the hidden states [B, L, H] of the chunk before ([B, L/tp, H] under sequence
-        parallelism). document_ids: None when every sample is one unpadded document (then attention needs no mask). The
-        others are [B, L]; `normalizer` is a scalar.
+        parallelism). document_ids: what parallel.attention.find_documents made of the ids, or the ids [B, L] themselves (on
+        a GPU that waits for them); None when every sample is one document. The others are [B, L]; `normalizer` is a scalar.
         """
         cos, sin = rotary_angles(position_ids, self.shape.head_dim, self.shape.rope_theta)
         x_BLH = self._embed(inputs) if self.first else inputs
+        documents = find_documents(document_ids, x_BLH.device) if isinstance(document_ids, Tensor) else document_ids
+        isolation = keep_apart(documents, x_BLH.dtype, self.shape.head_dim)
         for block in self.blocks.values():
-            x_BLH = block(x_BLH, cos, sin, document_ids)
+            x_BLH = block(x_BLH, cos, sin, isolation)
         if not self.last:
             return x_BLH
         x_BLH = self.final_norm(x_BLH)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Optional
 
 import torch
 
@@ -21,23 +21,12 @@ from parallel.checkpoint_reader import check_files, check_tensors, read_metadata
 from parallel.legality import check_layout
 from parallel.mesh import world_from_environment
 from parallel.shape import ModelShape, parameter_table
-from pretrain.config import Config, ModelConfig, ObjectiveConfig
+from pretrain.config import Config
 from pretrain.load_config import to_dict
 from pretrain.lr_schedule import check_schedule
 from pretrain.model import model_shape, parallel_layout
-
-# What the stream and the parameters follow from: changing one of these in an existing run would make it another run.
-FROZEN = (
-    "run.seed",
-    *(f"model.{name}" for name in ModelConfig.__dataclass_fields__ if name != "norm_impl"),
-    "data.sequence_length",
-    "data.packing",
-    "data.random_length_prob",
-    "data.cfg_dropout",
-    "data.cfg_condition",
-    *(f"objective.{name}" for name in ObjectiveConfig.__dataclass_fields__),
-    "train.global_batch_size",
-)
+from pretrain.stream_position import StreamPosition, go_on
+from pretrain.training_data import TrainingData, open_set, open_training_data
 
 
 @dataclass
@@ -46,10 +35,11 @@ class Plan:
 
     folder: Path
     shape: ModelShape
-    train_set: ShardSet
+    data: TrainingData
     val_set: Optional[ShardSet]
     resume_from: Optional[Path]
     trainer: dict[str, Any]
+    position: StreamPosition
     dp: int
 
 
@@ -74,29 +64,24 @@ def preflight(config: Config) -> Plan:
     check_schedule(config)
     # One process per host reads every byte; the others look at sizes and headers.
     verify = config.data.verify if local_rank == 0 else "size"
-    train_set = _open("data.shards", config.data.shards, verify)
-    val_set = _open("data.val_shards", config.data.val_shards, verify) if config.data.val_shards else None
+    data = open_training_data(config, verify)
+    val_set = open_set("data.val_shards", config.data.val_shards, verify, config) if config.data.val_shards else None
     if config.train.validate_every and val_set is None:
         raise InputError(
             "data.val_shards is empty but train.validate_every is set: name a folder or set train.validate_every=0"
         )
-    for key, shards in (("data.shards", train_set), ("data.val_shards", val_set)):
-        if shards and shards.vocab_size > config.model.vocab_size:
-            raise InputError(
-                f"model.vocab_size {config.model.vocab_size} is smaller than the {shards.vocab_size} ids of {key} "
-                f"({shards.folder}): set model.vocab_size to {shards.vocab_size} or more"
-            )
-    if val_set and val_set.manifest.tokenizer_sha256 != train_set.manifest.tokenizer_sha256:
+    if val_set and val_set.manifest.tokenizer_sha256 != data.first.manifest.tokenizer_sha256:
         raise InputError(
             f"data.val_shards ({config.data.val_shards}) was made with another tokenizer than data.shards "
-            f"({config.data.shards}): prepare both together"
+            f"({data.first.location}): prepare both together"
         )
     _check_apex(config)
     folder = Path(config.run.dir) / config.run.name
     resume_from = latest(folder / "checkpoints")
     trainer = read_trainer(resume_from) if resume_from else {}
+    position = StreamPosition()
     if resume_from:
-        _check_same_run(config, trainer, train_set, resume_from)
+        position = go_on(config, data.fingerprint(), trainer, str(folder))
         if local_rank == 0:  # a thousand ranks need not ask for the sizes of a thousand files
             _check_readable(resume_from, shape)
     elif config.train.init_from:
@@ -104,10 +89,11 @@ def preflight(config: Config) -> Plan:
     return Plan(
         folder,
         shape,
-        train_set,
+        data,
         val_set,
         resume_from,
         trainer,
+        position,
         world // config.parallel.tensor // config.parallel.pipeline,
     )
 
@@ -162,6 +148,14 @@ def _check_values(config: Config) -> None:
             "in [0, 1]",
         ),
         ("data.cfg_dropout", config.data.cfg_dropout, 0 <= config.data.cfg_dropout < 1, "in [0, 1)"),
+        (
+            "data.shuffle_window",
+            config.data.shuffle_window,
+            config.data.shuffle_window >= 0,
+            ">= 0 (0 = the whole set)",
+        ),
+        ("data.max_bad_shards", config.data.max_bad_shards, config.data.max_bad_shards >= 0, not_negative),
+        ("data.cache_gib", config.data.cache_gib, config.data.cache_gib > 0, positive),
         ("data.workers", config.data.workers, config.data.workers >= 0, not_negative),
         (
             "objective.eps",
@@ -184,17 +178,9 @@ def _check_values(config: Config) -> None:
             raise InputError(f"config: {key} is {value!r}, it must be {allowed}")
     if config.data.cfg_dropout > 0 and config.data.cfg_condition is None:
         raise InputError(
-            "config: data.cfg_dropout is set but there is no condition to drop: set data.cfg_condition=prefix"
+            "config: data.cfg_dropout is set but there is no condition to drop: set data.cfg_condition=prefix, or spans "
+            "if the shards hold prompts"
         )
-
-
-def _open(key: str, folder: str, verify: Literal["auto", "full", "size"]) -> ShardSet:
-    if not folder:
-        raise InputError(f"{key} is empty: name a folder made by `python -m pretrain prepare`")
-    try:
-        return ShardSet.open(folder, verify)
-    except InputError as error:
-        raise InputError(f"{key}: {error}") from None
 
 
 def _check_deepspeed(config: Config) -> None:
@@ -224,33 +210,6 @@ def _check_apex(config: Config) -> None:
             require_apex("optimizer.impl")
     except ValueError as error:
         raise InputError(str(error)) from None
-
-
-def _look_up(values: dict[str, Any], key: str) -> Any:
-    """The value of a dotted key; None where an older config does not have it."""
-    found: Any = values
-    for part in key.split("."):
-        found = found.get(part) if isinstance(found, dict) else None
-    return found
-
-
-def _check_same_run(config: Config, trainer: dict[str, Any], train_set: ShardSet, checkpoint: Path) -> None:
-    now, then = to_dict(config), trainer.get("config") or {}
-    changed = [
-        f"{key} (there {_look_up(then, key)}, now {_look_up(now, key)})"
-        for key in FROZEN
-        if _look_up(now, key) != _look_up(then, key)
-    ]
-    if changed:
-        raise InputError(
-            f"run folder {checkpoint.parent.parent} was started with another {', '.join(changed)}: "
-            "resume with the same values, or choose another run.name"
-        )
-    if trainer.get("data_fingerprint") != fingerprint(train_set):
-        raise InputError(
-            f"run folder {checkpoint.parent.parent} was started on other shards or another tokenizer than data.shards "
-            f"({config.data.shards}): point data.shards to the same set, or choose another run.name"
-        )
 
 
 def _check_readable(checkpoint: Path, shape: ModelShape) -> None:
@@ -303,11 +262,3 @@ def hold(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
-
-
-def fingerprint(shards: ShardSet) -> str:
-    """Identifies a shard set by the hashes of its shards and tokenizer."""
-    import hashlib
-
-    text = "\n".join([shards.manifest.tokenizer_sha256, *(entry.sha256 for entry in shards.shards)])
-    return hashlib.sha256(text.encode()).hexdigest()

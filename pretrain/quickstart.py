@@ -27,7 +27,7 @@ def quickstart() -> int:
     """
     config = load_config(["--config", CONFIG])
     run = Path(config.run.dir) / config.run.name
-    out = Path(config.data.shards).parent
+    out = Path(str(config.data.shards)).parent
     train = f"torch.distributed.run --standalone --nproc-per-node {RANKS} -m pretrain train --config {CONFIG}"
     stages = [
         (

@@ -40,10 +40,9 @@ def log_samples(
     mask_id = shards.special.mask
     sections = []
     for g in range(min(count, len(blocks))):
-        tokens = blocks.block(g).astype(np.int64)
-        masked, _, p = draw_mask(
-            g, 0, len(tokens), len(tokens), MaskingOptions(seed=0, global_batch=count, stream="samples")
-        )
+        tokens = blocks.block(g).tokens.astype(np.int64)
+        options = MaskingOptions(seed=0, global_batch=count, stream="samples")
+        masked, _, p = draw_mask(g, len(tokens), None, len(tokens), options)
         noisy = torch.from_numpy(np.where(masked, mask_id, tokens))[None]
         filled = generate(
             logits,

@@ -12,11 +12,7 @@ from typing import Any, Optional
 import torch
 import torch.distributed as dist
 
-from data.batch import expand
 from data.errors import InputError
-from data.loader import Slice, StageOptions, training_batches
-from data.masking import MaskingOptions
-from data.stream import BlockStream
 from data.tokenizer import load_tokenizer
 from parallel import checkpoint
 from parallel.engine import AdamWOptions, Engine, StepResult
@@ -25,13 +21,14 @@ from parallel.initialise import initialise_boxes
 from parallel.mesh import Mesh, build_mesh, world_from_environment
 from pretrain.config import Config
 from pretrain.console import TrainingDisplay
+from pretrain.feed import Feed
 from pretrain.first_failure import failing_together
 from pretrain.flops import flops_per_token, peak_flops
 from pretrain.load_config import save_config, to_dict
 from pretrain.lr_schedule import learning_rate
-from pretrain.metrics import global_counts, sum_over_ranks, token_sums, train_metrics
+from pretrain.metrics import sum_over_ranks, token_sums, train_metrics
 from pretrain.model import build_chunks, parallel_layout
-from pretrain.preflight import Plan, fingerprint, hold, preflight
+from pretrain.preflight import Plan, hold, preflight
 from pretrain.sample_log import log_samples
 from pretrain.saving import Saving
 from pretrain.tracking import MetricLog, Shipper, read_state, tracking_uri, truncate_metrics
@@ -64,7 +61,7 @@ def train(config: Config) -> int:
 
 def _agree(config: Config, plan: Plan, mesh: Mesh) -> None:
     """InputError on every rank if the ranks do not see the same config, data and newest checkpoint."""
-    mine = (str(plan.resume_from and plan.resume_from.name), fingerprint(plan.train_set), str(to_dict(config)))
+    mine = (str(plan.resume_from and plan.resume_from.name), plan.data.fingerprint(), str(to_dict(config)))
     everyone: list[Any] = [None] * mesh.world_size
     dist.all_gather_object(everyone, mine)
     names = ("newest checkpoint", "data.shards", "config")
@@ -105,7 +102,7 @@ class _Run:
     def __init__(self, config: Config, plan: Plan, mesh: Mesh):
         self.config, self.plan, self.mesh = config, plan, mesh
         self.folder: Path = plan.folder
-        self.special = plan.train_set.special
+        self.special = plan.data.first.special
         self.stop = min(config.train.stop_at or config.train.steps, config.train.steps)
         self.engine = engine_for(config, plan, mesh)
         self.step, self.applied = self._restore()  # steps taken (= samples consumed / global batch), updates applied
@@ -114,11 +111,16 @@ class _Run:
         self.shipper: Optional[Shipper] = None
         if mesh.rank == 0:
             self._open_folder()
-        self.tokenizer = load_tokenizer(plan.train_set.tokenizer_path, special=self.special)
+        self.tokenizer = load_tokenizer(plan.data.first.tokenizer_path, special=self.special)
         self.validation: Optional[Validation] = None
         if plan.val_set is not None:
             self.validation = Validation(
-                plan.val_set, config.data.sequence_length, config.train.micro_batch_size, config.train.val_samples
+                plan.val_set,
+                config.data.sequence_length,
+                config.train.micro_batch_size,
+                config.train.val_samples,
+                isolate=config.data.packing == "isolate",
+                eos_in_loss=config.data.pad_policy == "eos_in_loss",
             )
         self.unigram_entropy = self.validation.unigram_entropy() if self.validation else 0.0
         self.display = TrainingDisplay(mesh.rank == 0, self.step, self.stop, config.train.log_every)
@@ -131,6 +133,7 @@ class _Run:
             say=self.display.say,
             saved_at=self.step if plan.resume_from else -1,
         )
+        self.feed = Feed(config, plan, mesh, self.step, self.display.say)
         name = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else ""
         self.peak = peak_flops(name)
 
@@ -143,12 +146,9 @@ class _Run:
                 f"nothing to do: the run is at step {self.step} and ends at {self.stop}; raise train.steps or train.stop_at"
             )
         began = time.perf_counter()
-        for compact in self._batches():
-            waited = time.perf_counter() - began
-            batches = [expand(c, self.special.mask, config.objective.weighting) for c in compact]
-            eligible, masked = global_counts(batches, mesh)
+        for batches, eligible, masked, pairs, of_data in self.feed.steps(self.stop):
             lr = learning_rate(self.step, config.train.steps, config.optimizer)
-            metrics = {"train/lr": lr}
+            metrics = {"train/lr": lr} | of_data
             if masked:
                 result = engine.train_step([b.tensors() for b in batches], eligible, lr)
                 sums = torch.stack([token_sums(b, o.ce, o.correct) for b, o in zip(batches, result.outputs)]).sum(0)
@@ -158,14 +158,13 @@ class _Run:
             else:  # nothing to learn from: no parameter moves, not even by weight decay or momentum
                 metrics |= {"train/loss": 0.0, "train/grad_norm": 0.0, "train/num_masked_tokens": 0.0}
             self.step += 1
-            metrics["perf/data_time"] = waited
-            self._record(metrics, eligible, masked, time.perf_counter() - began)
+            self._record(metrics, eligible, masked, pairs, time.perf_counter() - began)
             if self._due(config.train.validate_every):
                 self._validate()
             if self._due(config.train.sample_every):
                 log_samples(
                     engine,
-                    self.plan.val_set or self.plan.train_set,
+                    self.plan.val_set or self.plan.data.first,
                     self.tokenizer,
                     config.data.sequence_length,
                     self.step,
@@ -175,33 +174,6 @@ class _Run:
                 self._save()
             began = time.perf_counter()
         self._save(last=True)
-
-    def _batches(self):
-        """This rank's microbatches of each step from here to where the run stops."""
-        config = self.config
-        options = StageOptions(
-            MaskingOptions(
-                seed=config.run.seed,
-                global_batch=config.train.global_batch_size,
-                eps=config.objective.eps,
-                t_sampling=config.objective.t_sampling,
-                masking=config.objective.masking,
-            ),
-            random_length_prob=config.data.random_length_prob,
-            cfg_dropout=config.data.cfg_dropout,
-            cfg_condition=config.data.cfg_condition,
-        )
-        part = Slice(config.train.global_batch_size, config.train.micro_batch_size, self.mesh.dp_rank, self.mesh.dp)
-        stream = BlockStream(self.plan.train_set, config.data.sequence_length, config.run.seed)
-        return training_batches(
-            stream,
-            options,
-            part,
-            self.special.pad,
-            consumed=self.step * config.train.global_batch_size,
-            workers=config.data.workers,
-            steps=max(self.stop - self.step, 0),
-        )
 
     def _restore(self) -> tuple[int, int]:
         """Where the run goes on: from its newest checkpoint, from the weights of another run, or from nothing."""
@@ -220,7 +192,7 @@ class _Run:
     def _open_folder(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         save_config(self.config, self.folder / "config.yaml")
-        shutil.copyfile(self.plan.train_set.tokenizer_path, self.folder / "tokenizer.json")
+        shutil.copyfile(self.plan.data.first.tokenizer_path, self.folder / "tokenizer.json")
         truncate_metrics(self.folder, self.step)
         self.log = MetricLog(self.folder)
         if uri := tracking_uri(self.config):
@@ -254,7 +226,7 @@ class _Run:
     def _due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self.stop)
 
-    def _record(self, metrics: dict[str, float], eligible: int, masked: int, seconds: float) -> None:
+    def _record(self, metrics: dict[str, float], eligible: int, masked: int, pairs: int, seconds: float) -> None:
         config = self.config
         tokens = config.train.global_batch_size * config.data.sequence_length
         metrics |= {
@@ -265,7 +237,7 @@ class _Run:
             "perf/tokens_per_second": tokens / seconds,
         }
         if self.peak:
-            flops = tokens * flops_per_token(self.plan.shape, config.data.sequence_length, masked / max(eligible, 1))
+            flops = tokens * flops_per_token(self.plan.shape, pairs / tokens, masked / max(eligible, 1))
             metrics["perf/mfu"] = flops / seconds / self.mesh.world_size / self.peak
         if self.log:
             self.log.write(self.step, metrics)
@@ -285,10 +257,8 @@ class _Run:
         """What the loop needs to go on, beside the engine's state."""
         return {
             "applied_steps": self.applied,
-            "samples_consumed": self.step * self.config.train.global_batch_size,
+            **self.feed.saved(self.step),
             "config": to_dict(self.config),
-            "data_fingerprint": fingerprint(self.plan.train_set),
-            "tokenizer_sha256": self.plan.train_set.manifest.tokenizer_sha256,
             "special": asdict(self.special),
             "mlflow_run_id": read_state(self.folder).get("run_id"),
         }

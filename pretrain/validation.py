@@ -11,6 +11,7 @@ import torch
 from data.batch import CompactBatch, DiffusionBatch, expand
 from data.loader import Slice, StageOptions, validation_batches
 from data.masking import MaskingOptions
+from data.samples import sample_of
 from data.shard_set import ShardSet
 from data.stream import SequentialBlocks
 from parallel.engine import Engine
@@ -24,13 +25,23 @@ class Validation:
     (no eps), with l stratified over the blocks. The same blocks and masks at every layout, microbatch size and seed of the run.
     """
 
-    def __init__(self, shards: ShardSet, sequence_length: int, micro_batch: int, most: int = 0):
-        self.blocks = SequentialBlocks(shards, sequence_length)
+    def __init__(
+        self,
+        shards: ShardSet,
+        sequence_length: int,
+        micro_batch: int,
+        most: int = 0,
+        isolate: bool = False,
+        eos_in_loss: bool = False,
+    ):
+        self.blocks = SequentialBlocks(shards, sequence_length, borders=isolate)
         self.total = min(len(self.blocks), most) if most else len(self.blocks)
         self.micro_batch = micro_batch
         self.special = shards.special
         self.options = StageOptions(
-            MaskingOptions(seed=0, global_batch=self.total, masking="fixed_count", stream="validation")
+            MaskingOptions(seed=0, global_batch=self.total, masking="fixed_count", stream="validation"),
+            isolate=isolate,
+            eos_in_loss=eos_in_loss,
         )
 
     def batches(self, dp_rank: int, dp_size: int) -> Iterator[DiffusionBatch]:
@@ -54,7 +65,13 @@ class Validation:
         """Entropy of the blocks' token frequencies, nats per token: what a model without any context can reach at best."""
         counts = np.zeros(0, np.int64)
         for g in range(self.total):
-            found = np.bincount(self.blocks.block(g))
+            sample = sample_of(
+                g, self.blocks.block(g), self.blocks.sequence_length, eos_in_loss=self.options.eos_in_loss
+            )
+            counted = np.arange(self.blocks.sequence_length) < sample["length"]
+            if "prompt" in sample:
+                counted &= ~sample["prompt"]
+            found = np.bincount(sample["tokens"][counted])
             size = max(len(found), len(counts))
             counts = np.pad(counts, (0, size - len(counts))) + np.pad(found, (0, size - len(found)))
         p = counts[counts > 0] / counts.sum()

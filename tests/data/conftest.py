@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.manifest import TOKENIZER_FILE, Manifest, SourceCount
+from data.chunk_index import write_set_index
+from data.manifest import TOKENIZER_FILE, TOTALS, Manifest, SourceCount
 from data.shard_writer import ShardWriter
 from data.tokenizer import TextTokenizer, prepare_tokenizer
 from tests.data.small_corpus import make_text
@@ -21,42 +22,51 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
     return prepare_tokenizer(tmp_path_factory.mktemp("tokenizer") / TOKENIZER_FILE, texts=texts, vocab_size=300)
 
 
+def write_shard_set(
+    out: Path,
+    tokenizer: TextTokenizer,
+    documents: Sequence[np.ndarray],
+    *,
+    dtype: str = "uint16",
+    vocab_size: int | None = None,
+    chunk_tokens: int = 50,
+    shard_tokens: int = 200,
+    spans: Sequence[np.ndarray] | None = None,
+    metas: Sequence[dict | None] | None = None,
+) -> Path:
+    """Documents (id arrays that end in EOS) as a complete shard set in the new folder `out`."""
+    out.mkdir()
+    (out / TOKENIZER_FILE).write_bytes(tokenizer.path.read_bytes())
+    writer = ShardWriter(out, dtype=dtype, chunk_tokens=chunk_tokens, shard_tokens=shard_tokens)
+    for i, document in enumerate(documents):
+        more = {"spans": spans[i]} if spans else {}
+        writer.add_document(document, utf8_bytes=3 * len(document), meta=metas[i] if metas else None, **more)
+    shards = tuple(writer.close())
+    counts = {total: sum(getattr(shard, total) for shard in shards) for total in TOTALS}
+    manifest = Manifest(
+        dtype=dtype,
+        vocab_size=vocab_size or tokenizer.vocab_size,
+        tokenizer_file=TOKENIZER_FILE,
+        tokenizer_sha256=tokenizer.sha256,
+        index_sha256=write_set_index(out, shards),
+        special=tokenizer.special,
+        chunk_tokens=chunk_tokens,
+        row_tokens=0,
+        shards=shards,
+        sources=(SourceCount("test", "CC0-1.0", counts["documents"], counts["utf8_bytes"], {}),),
+        prepared_with={},
+        **counts,
+    )
+    (out / "manifest.json").write_bytes(manifest.to_bytes())
+    return out
+
+
 @pytest.fixture
 def write_set(tmp_path: Path, tokenizer: TextTokenizer) -> Callable[..., Path]:
-    """A function that writes documents (id arrays that end in EOS) as a complete shard set."""
+    """write_shard_set in a folder of this test: write_set(documents, folder="set", **options)."""
 
-    def write(
-        documents: Sequence[np.ndarray],
-        *,
-        dtype: str = "uint16",
-        vocab_size: int | None = None,
-        chunk_tokens: int = 50,
-        shard_tokens: int = 200,
-        folder: str = "set",
-    ) -> Path:
-        out = tmp_path / folder
-        out.mkdir()
-        (out / TOKENIZER_FILE).write_bytes(tokenizer.path.read_bytes())
-        writer = ShardWriter(out, dtype=dtype, chunk_tokens=chunk_tokens, shard_tokens=shard_tokens)
-        for document in documents:
-            writer.add_document(document, utf8_bytes=3 * len(document))
-        shards = tuple(writer.close())
-        totals = ("tokens", "documents", "split_documents", "utf8_bytes", "chunks")
-        counts = {total: sum(getattr(shard, total) for shard in shards) for total in totals}
-        manifest = Manifest(
-            dtype=dtype,
-            vocab_size=vocab_size or tokenizer.vocab_size,
-            tokenizer_file=TOKENIZER_FILE,
-            tokenizer_sha256=tokenizer.sha256,
-            special=tokenizer.special,
-            chunk_tokens=chunk_tokens,
-            shards=shards,
-            sources=(SourceCount("test", "CC0-1.0", counts["documents"], counts["utf8_bytes"], {}),),
-            prepared_with={},
-            **counts,
-        )
-        (out / "manifest.json").write_bytes(manifest.to_bytes())
-        return out
+    def write(documents: Sequence[np.ndarray], *, folder: str = "set", **options) -> Path:
+        return write_shard_set(tmp_path / folder, tokenizer, documents, **options)
 
     return write
 

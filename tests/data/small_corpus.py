@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -26,6 +27,23 @@ def write_corpus(folder: Path, documents: int, seed: int = 0, words: int = 60) -
         path.write_bytes(text.encode())
         texts[f"{folder.name}/part{i % 3}/doc{i:04d}.txt"] = text
     return dict(sorted(texts.items()))
+
+
+def write_talks(path: Path, count: int, seed: int = 0) -> list[list[dict[str, str]]]:
+    """Titled conversations of one to four answers, one a line; every seventh line is of no use and not given back."""
+    rng = np.random.default_rng(seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    talks = []
+    with open(path, "w") as file:
+        for number in range(count):
+            texts = [make_text(rng, int(rng.integers(1, 12))).strip() or "x" for _ in range(2 * rng.integers(1, 5))]
+            talk = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(texts)]
+            if number % 7 == 3:
+                talk[-1]["role"] = "critic"
+            else:
+                talks.append(talk)
+            file.write(json.dumps({"messages": talk, "title": f"talk {number}"}) + "\n")
+    return talks
 
 
 def tree_bytes(folder: Path) -> dict[str, bytes]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import partial
 
 import numpy as np
 import pytest
 import webdataset as wds
 
-from data.batch import CompactBatch, expand
+from data.batch import CompactBatch, collate, expand
 from data.errors import InputError
 from data.loader import Slice, StageOptions, stages, training_batches, validation_batches
-from data.masking import MaskingOptions, masking
+from data.masking import MaskingOptions
+from data.samples import blocks_of_chunks
 from data.stream import BlockStream, SequentialBlocks
 
 LENGTH, GLOBAL, PAD, MASK = 16, 24, 1, 0
@@ -19,7 +21,7 @@ OPTIONS = StageOptions(MaskingOptions(0, GLOBAL), random_length_prob=0.2, cfg_dr
 
 
 class Store:
-    tokens = 3000
+    tokens, row_tokens, has_spans = 3000, 0, False
 
     def __init__(self):
         self._ids = np.random.default_rng(0).integers(2, 60000, self.tokens).astype(np.uint16)
@@ -38,7 +40,8 @@ def rows(batches: list[CompactBatch]) -> dict[int, tuple]:
     for b in batches:
         for i, sample in enumerate(b.sample_ids.tolist()):
             assert sample not in found, f"sample {sample} was delivered twice"
-            found[sample] = tuple(np.asarray(getattr(b, f.name)[i]).tobytes() for f in fields(b))
+            values = [(f.name, getattr(b, f.name)) for f in fields(b)]
+            found[sample] = tuple((name, None if v is None else np.asarray(v[i]).tobytes()) for name, v in values)
     return found
 
 
@@ -103,7 +106,8 @@ def test_validation_delivers_every_block_exactly_once_at_any_layout(dp, micro):
 
 def test_the_compact_form_ships_at_most_two_and_a_half_bytes_a_token():
     compact = next(training_batches(BlockStream(Store(), 512, 0), OPTIONS, Slice(GLOBAL, 24), PAD, steps=1))[0]
-    size = sum(np.asarray(getattr(compact, f.name)).nbytes for f in fields(compact))
+    parts = [getattr(compact, f.name) for f in fields(compact)]
+    size = sum(part.nbytes for part in parts if part is not None)
     assert size / compact.tokens.size < 2.5
     assert expand(compact, MASK).target_ids.shape == (24, 512)
 
@@ -122,15 +126,23 @@ class Broken(Store):
 
 def test_the_stages_run_in_a_vanilla_webdataset_pipeline_without_the_trainer(corpus):
     """Chunks of the tars as samples, through `.compose`, with nothing but webdataset around them."""
-
-    def blocks(samples):
-        for number, sample in enumerate(samples):
-            yield {"sample_id": number, "tokens": sample["tok.npy"][:LENGTH], "length": LENGTH, "condition_length": 0}
-
-    dataset = wds.WebDataset([str(p) for p in sorted((corpus / "train").glob("*.tar"))], shardshuffle=False).decode()
-    out = list(dataset.compose(blocks, lambda s: masking(s, MaskingOptions(0, 8))))
-    assert out and all(s["mask"].shape == (LENGTH,) and 0 < s["p_mask"] <= 1 for s in out)
-    chained = dataset.compose(
-        blocks, *stages(StageOptions(MaskingOptions(0, 8), cfg_dropout=0.5, cfg_condition="prefix"))
+    tars = [str(p) for p in sorted((corpus / "train").glob("*.tar"))]
+    options = StageOptions(
+        MaskingOptions(0, 8, t_sampling="iid"), random_length_prob=0.5, cfg_dropout=0.5, cfg_condition="prefix"
     )
-    assert {"mask", "t", "p_mask", "dropped", "condition_length"} <= set(next(iter(chained)))
+    dataset = (
+        wds.WebDataset(tars, shardshuffle=False).decode().compose(partial(blocks_of_chunks, sequence_length=LENGTH))
+    )
+    plain = list(dataset)
+    chunks = list(wds.WebDataset(tars, shardshuffle=False).decode())
+    flat = np.concatenate([chunk["tok.npy"] for chunk in chunks])
+    assert np.array_equal(np.concatenate([s["tokens"][: s["length"]] for s in plain]), flat)
+    assert len({s["sample_id"] for s in plain}) == len(plain) > 100
+    out = list(dataset.compose(*stages(options)))
+    assert len(out) == len(plain)
+    for sample in out:
+        assert sample["mask"].shape == (LENGTH,) and not (sample["mask"] & sample["prompt"]).any()
+        assert not sample["mask"][sample["length"] :].any() and 0 < sample["p_mask"] <= 1
+    assert 0.3 < np.mean([s["dropped"] for s in out]) < 0.6
+    batch = expand(next(collate(out, 8, PAD)), MASK)
+    assert batch.target_ids.shape == (8, LENGTH) and batch.masked.any()

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from data.batch import collate, expand
 from data.cfg_dropout import cfg_dropout, no_dropout, prefix_condition
@@ -19,7 +20,7 @@ MASK, PAD = 3, 1
 def samples(count: int, length: int = L, **more):
     for i in range(count):
         tokens = np.random.default_rng(i).integers(4, 60000, length).astype(np.uint16)
-        yield {"sample_id": i, "tokens": tokens, "length": length, "condition_length": 0, **more}
+        yield {"sample_id": i, "tokens": tokens, "length": length, **more}
 
 
 def batch(stages, count=64):
@@ -66,7 +67,7 @@ def test_bernoulli_masks_hit_each_token_with_the_probability_of_its_sample():
     options = MaskingOptions(0, 500)
     scores, positions = [], np.zeros(L)
     for i in range(2000):
-        mask, t, p = draw_mask(i, 0, L, L, options)
+        mask, t, p = draw_mask(i, L, None, L, options)
         assert p == linear_mask_probability(t, 1e-3) == (1 - 1e-3) * t + 1e-3
         if 0.02 < p < 0.98:
             scores.append((mask.sum() - L * p) / math.sqrt(L * p * (1 - p)))
@@ -80,7 +81,7 @@ def test_fixed_count_masks_have_every_count_equally_often_and_the_weight_of_thei
     options = MaskingOptions(0, 8, t_sampling="iid", masking="fixed_count")
     counts = []
     for i in range(3000):
-        mask, _, p = draw_mask(i, 2, 12, 16, options)
+        mask, _, p = draw_mask(i, 12, np.arange(16) < 2, 16, options)
         assert not mask[:2].any() and not mask[12:].any()
         assert p == mask.sum() / 10
         counts.append(int(mask.sum()))
@@ -91,10 +92,10 @@ def test_fixed_count_masks_have_every_count_equally_often_and_the_weight_of_thei
 
 def test_masks_differ_between_samples_seeds_and_streams_and_repeat_for_the_same():
     base = MaskingOptions(0, 8)
-    first = draw_mask(5, 0, L, L, base)[0]
-    assert np.array_equal(first, draw_mask(5, 0, L, L, base)[0])
+    first = draw_mask(5, L, None, L, base)[0]
+    assert np.array_equal(first, draw_mask(5, L, None, L, base)[0])
     for sample, options in ((6, base), (5, MaskingOptions(1, 8)), (5, MaskingOptions(0, 8, stream="validation"))):
-        assert not np.array_equal(first, draw_mask(sample, 0, L, L, options)[0])
+        assert not np.array_equal(first, draw_mask(sample, L, None, L, options)[0])
 
 
 def test_a_sample_that_is_cut_is_padding_behind_its_length_for_itself_alone():
@@ -129,7 +130,7 @@ def test_what_the_model_sees_what_it_must_predict_and_what_it_is_paid():
 
 
 def test_masks_are_carried_and_survive_a_mask_id_that_is_an_ordinary_token():
-    stream = [{"sample_id": 1, "tokens": np.full(L, MASK, np.uint16), "length": L, "condition_length": 0}]
+    stream = [{"sample_id": 1, "tokens": np.full(L, MASK, np.uint16), "length": L}]
     b = expand(next(collate(no_dropout(masking(stream, MaskingOptions(0, 8))), 1, PAD)), MASK)
     assert 0 < int(b.masked.sum()) < L
     assert (b.noisy_ids == MASK).all()
@@ -155,7 +156,7 @@ def test_cfg_dropout_hides_the_condition_and_leaves_loss_positions_masks_and_wei
 
 def test_the_drop_rate_is_within_a_binomial_bound_and_nothing_is_dropped_without_a_condition():
     rate, n = 0.1, 5000
-    dropped = [s["dropped"] for s in cfg_dropout(samples(n, 4, **{"condition_length": 2}), 0, rate)]
+    dropped = [s["dropped"] for s in cfg_dropout(samples(n, 4, prompt=np.arange(4) < 2), 0, rate)]
     assert abs(sum(dropped) - n * rate) < 5 * math.sqrt(n * rate * (1 - rate))
     assert not any(s["dropped"] for s in cfg_dropout(samples(500, 4), 0, 0.9))
 
@@ -167,3 +168,59 @@ def test_a_weight_below_the_floor_cannot_occur():
         next(collate(no_dropout(masking(samples(8), MaskingOptions(0, 8))), 8, PAD)), MASK, weighting=False
     )
     assert set(unweighted.weight.unique().tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("kind", ["bernoulli", "fixed_count"])
+def test_prompts_anywhere_in_a_sample_are_clean_without_loss_and_hidden_only_when_dropped(kind):
+    prompt = np.zeros(L, bool)
+    prompt[[*range(5, 20), *range(40, 43)]] = True
+    options = MaskingOptions(0, 64, masking=kind)
+    chain = [lambda s: masking(({**x, "prompt": prompt} for x in s), options)]
+    kept, mixed = batch([*chain, no_dropout]), batch([*chain, lambda s: cfg_dropout(s, 0, 0.5)])
+    assert not kept.eligible[:, prompt].any() and kept.eligible[:, ~prompt].all()
+    assert not kept.masked[:, prompt].any() and kept.masked[:, ~prompt].any(0).all()
+    assert kept.noisy_ids[:, prompt].equal(kept.target_ids[:, prompt])
+    assert kept.masked.equal(mixed.masked) and 10 < int(mixed.dropped.sum()) < 54
+    assert (mixed.noisy_ids[mixed.dropped][:, prompt] == MASK).all()
+    if kind == "fixed_count":  # the weight is eligible / l, with eligible the tokens outside the prompt
+        counts = kept.masked.sum(1)
+        assert torch.allclose(kept.p_mask[:, 0], counts / 46.0)
+
+
+def test_a_sample_without_loss_anywhere_is_left_alone():
+    nothing = [{"sample_id": i, "tokens": np.full(4, 9, np.uint16), "prompt": np.ones(4, bool)} for i in range(3)]
+    for kind in ("bernoulli", "fixed_count"):
+        b = expand(next(collate(no_dropout(masking(nothing, MaskingOptions(0, 8, masking=kind))), 3, PAD)), MASK)
+        assert not b.masked.any() and not b.eligible.any() and not b.weight.any() and b.weight.isfinite().all()
+
+
+def test_a_sample_that_is_taken_out_counts_for_nothing_and_the_others_stay():
+    compact = next(collate(no_dropout(masking(samples(6), MaskingOptions(0, 8))), 6, PAD))
+    lost = np.array([False, True, False, False, True, False])
+    whole, less = expand(compact, MASK), expand(compact.without(lost), MASK)
+    assert not less.masked[lost].any() and not less.eligible[lost].any() and (less.document_ids[lost] == -1).all()
+    for name in ("masked", "eligible", "weight", "noisy_ids", "target_ids"):
+        assert getattr(less, name)[~lost].equal(getattr(whole, name)[~lost])
+
+
+def test_isolated_documents_are_numbered_and_their_positions_begin_at_zero():
+    borders = np.zeros(L, bool)
+    borders[[0, 3, 4, 30]] = True
+    stream = ({**s, "borders": borders if s["sample_id"] else None, "length": 40} for s in samples(2))
+    b = expand(next(collate(no_dropout(masking(stream, MaskingOptions(0, 8))), 2, PAD)), MASK)
+    documents = np.repeat([0, 1, 2, 3, -1], [3, 1, 26, 10, 24])
+    positions = np.concatenate([np.arange(3), [0], np.arange(26), np.arange(34)])
+    assert b.document_ids[1].tolist() == documents.tolist()
+    assert b.position_ids[1].tolist() == positions.tolist()
+    assert b.document_ids[0].tolist() == [0] * 40 + [-1] * 24 and b.position_ids[0].tolist() == list(range(L))
+    assert b.document_ids.dtype == b.position_ids.dtype == torch.int32
+
+
+def test_pairs_of_tokens_that_attend_to_each_other_are_counted_as_the_batch_says():
+    borders = np.zeros(L, bool)
+    borders[[3, 4, 30]] = True
+    for more in ({}, {"borders": borders}, {"borders": borders, "length": 20}, {"length": 20}):
+        stream = ({**s, **more} for s in samples(3))
+        compact = next(collate(no_dropout(masking(stream, MaskingOptions(0, 8))), 3, PAD))
+        ids = expand(compact, MASK).document_ids
+        assert compact.pairs() == int((ids[:, :, None] == ids[:, None, :]).sum())

@@ -19,6 +19,7 @@ import pytest
 
 import data.prepare
 import data.workspace
+from data.document import Segment
 from data.encode_pool import encode_in_order
 from data.errors import InputError
 from data.prepare import PrepareOptions, prepare
@@ -168,7 +169,7 @@ def test_an_existing_tokenizer_is_taken_over(options: PrepareOptions, tmp_path: 
     prepare(given, progress=False)
     first, second = (ShardSet.open(Path(o.out) / "train") for o in (options, given))
     assert [shard.sha256 for shard in first.shards] == [shard.sha256 for shard in second.shards]
-    with pytest.raises(InputError, match="tokenizer: .*missing.* cannot be read"):
+    with pytest.raises(InputError, match="tokenizer: .*missing.* does not exist"):
         prepare(replace(given, tokenizer=str(tmp_path / "missing.json")), progress=False)
 
 
@@ -213,9 +214,9 @@ def test_a_disk_that_fills_up_on_the_way_is_said_and_the_work_goes_on_later(
 
 
 def test_an_encoding_process_that_dies_ends_the_work_with_advice(tokenizer: TextTokenizer) -> None:
-    def batches() -> Iterator[tuple[int, list[str]]]:
+    def batches() -> Iterator[tuple[int, list[tuple[Segment, ...]]]]:
         for i in range(50):
-            yield i, ["some text"]
+            yield i, [(Segment("some text"),)]
             if i == 3:
                 multiprocessing.active_children()[0].kill()
 

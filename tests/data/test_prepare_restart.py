@@ -9,12 +9,14 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+import data.prepare
 from data.prepare import PrepareOptions, prepare
-from tests.data.small_corpus import tree_bytes, write_corpus
+from tests.data.small_corpus import tree_bytes, write_corpus, write_talks
 
 ROOT = Path(__file__).resolve().parents[2]
 # A short pause for each document keeps the run long enough to be killed in the middle on any machine.
@@ -29,7 +31,15 @@ if __name__ == "__main__":
     ShardWriter.add_document = lambda *a, **k: (time.sleep(0.005), add(*a, **k))
     prepare(PrepareOptions(out=sys.argv[1], inputs=[sys.argv[2]], processes=2, **eval(sys.argv[3])), progress=False)
 """
-SETTINGS = {"vocab_size": 300, "val_fraction": 0.2, "chunk_tokens": 100, "shard_tokens": 1000}
+TEXT = {"vocab_size": 300, "val_fraction": 0.2, "chunk_tokens": 100, "shard_tokens": 1000}
+# Conversations, conditions and rows; and long documents left out, which a restart must not count twice.
+TALKS = {
+    "vocab_size": 330, "val_fraction": 0.2, "chunk_tokens": 400, "shard_tokens": 2500, "chat": "llada",
+    "condition_fields": "title", "row_tokens": 128, "long_documents": "drop",
+}  # fmt: skip
+ROWS = TEXT | {"row_tokens": 50, "long_documents": "truncate"}
+SPLIT = TEXT | {"max_document_tokens": 33, "long_documents": "split"}
+ALL_SETTINGS = {"text": TEXT, "talks": TALKS, "rows": ROWS, "split": SPLIT}
 
 
 def wait_for(condition: object, seconds: float = 60.0) -> None:
@@ -46,19 +56,28 @@ def alive(process: psutil.Process) -> bool:
         return False
 
 
+@pytest.fixture(params=["text"])
+def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return ALL_SETTINGS[request.param]
+
+
 @pytest.fixture
-def options(tmp_path: Path) -> PrepareOptions:
-    write_corpus(tmp_path / "corpus", documents=300)
-    return PrepareOptions(out=str(tmp_path / "out"), inputs=[str(tmp_path / "corpus")], processes=1, **SETTINGS)
+def options(tmp_path: Path, settings: dict[str, Any]) -> PrepareOptions:
+    if "chat" in settings:
+        write_talks(tmp_path / "corpus" / "talks.jsonl", 400)
+    else:
+        write_corpus(tmp_path / "corpus", documents=300)
+    return PrepareOptions(out=str(tmp_path / "out"), inputs=[str(tmp_path / "corpus")], processes=1, **settings)
 
 
+@pytest.mark.parametrize("settings", ["text", "talks"], indirect=True)
 def test_killed_half_way_it_goes_on_from_the_finished_shards_to_identical_bytes(
-    options: PrepareOptions, tmp_path: Path
+    options: PrepareOptions, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     prepare(replace(options, out=str(tmp_path / "uninterrupted")), progress=False)
     script = tmp_path / "killable.py"
     script.write_text(KILLABLE)
-    arguments = [sys.executable, str(script), options.out, options.inputs[0], repr(SETTINGS)]
+    arguments = [sys.executable, str(script), options.out, options.inputs[0], repr(settings)]
     finished: set[tuple[str, int]] = set()
     for shards_wanted in (2, 5):  # killed twice: the second run goes on from the first and is killed as well
         run = subprocess.Popen(arguments, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
@@ -87,11 +106,18 @@ class Killed(BaseException):
     """Stands for the death of the process at a chosen instruction."""
 
 
-@pytest.mark.parametrize("call", range(0, 40, 3))
+@pytest.mark.parametrize(
+    ("settings", "call"),
+    [
+        *(("text", call) for call in range(0, 40, 3)),
+        *((name, call) for name in ("talks", "rows", "split") for call in range(4, 40, 9)),
+    ],
+    indirect=["settings"],
+)
 def test_death_at_any_rename_or_sync_leaves_work_that_goes_on_to_identical_bytes(
     options: PrepareOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
-    small = replace(options, limit_bytes=12000)
+    small = replace(options, limit_bytes=12000 if options.chat is None else 30000)
     prepare(replace(small, out=str(tmp_path / "uninterrupted")), progress=False)
     calls = 0
 
@@ -112,6 +138,17 @@ def test_death_at_any_rename_or_sync_leaves_work_that_goes_on_to_identical_bytes
             prepare(small, progress=False)
     assert prepare(small, progress=False).sets["train"].documents
     assert tree_bytes(tmp_path / "out") == tree_bytes(tmp_path / "uninterrupted")
+
+
+@pytest.mark.parametrize("settings", ["talks", "rows"], indirect=True)
+def test_rows_and_conversations_do_not_depend_on_processes(
+    options: PrepareOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(options, progress=False)
+    monkeypatch.setattr(data.prepare, "BATCH_BYTES", 2000)
+    report = prepare(replace(options, out=str(tmp_path / "two"), processes=2), progress=False)
+    assert tree_bytes(tmp_path / "out") == tree_bytes(tmp_path / "two")
+    assert report.skipped.get("too_long", 0) > 10 or report.sets["train"].truncated_documents > 10
 
 
 def test_a_torn_or_lying_journal_costs_only_the_shards_it_is_wrong_about(

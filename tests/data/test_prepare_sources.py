@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from data.document import plain_document
 from data.errors import InputError
+from data.records import RecordFormat
 from data.sources import SkipLog, iter_documents, open_sources
 
 
@@ -69,7 +71,7 @@ def test_what_cannot_be_used_is_counted_by_reason_and_named_once(
     skips = SkipLog()
     with caplog.at_level(logging.INFO):
         found = list(iter_documents([tmp_path / "in"], skips=skips))
-    assert found == [("in/mixed.jsonl:1", "good"), ("in/mixed.jsonl:9", "good")]
+    assert found == [plain_document(f"in/mixed.jsonl:{line}", "good") for line in (1, 9)]
     assert skips.counts == {"invalid_utf8": 3, "empty": 2, "invalid_json": 1, "no_text_field": 3}
     for name in ("in/bad.txt: invalid_utf8", "in/empty.txt: empty", "mixed.jsonl:3: invalid_json", "found: body"):
         assert caplog.text.count(name) == 1
@@ -82,8 +84,8 @@ def test_a_jsonl_gives_a_document_a_line_and_is_read_lazily(tmp_path: Path, suff
     pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix]
     half = len(content) // 2  # two gzip members or zstandard frames, cut inside a line
     path = write(tmp_path / f"d.jsonl{suffix}", pack(content[:half]) + pack(content[half:]))
-    documents = iter_documents([path], text_field="body")
-    assert next(documents) == (f"d.jsonl{suffix}:1", texts[0])
+    documents = iter_documents([path], form=RecordFormat(text_field="body"))
+    assert next(documents) == plain_document(f"d.jsonl{suffix}:1", texts[0])
     assert [d.text for d in documents] == texts[1:]
 
 

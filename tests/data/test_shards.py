@@ -1,16 +1,17 @@
-"""Laws of the shard format: vanilla webdataset reads it, any token range reads back, and damage is found and named."""
+"""Laws of the shard format: vanilla webdataset reads it, and any range of tokens, documents and spans reads back."""
 
 from __future__ import annotations
 
 import concurrent.futures
+import errno
 import io
 import json
 import multiprocessing
 import os
 import pickle
-import re
-import shutil
+import resource
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,8 +19,9 @@ import numpy as np
 import pytest
 import webdataset
 
+import data.shard_files
 import data.shard_set
-from data.errors import InputError
+from data.errors import ShardError
 from data.shard_set import ShardSet
 from data.shard_writer import ShardWriter
 
@@ -44,17 +46,34 @@ def test_vanilla_webdataset_reads_back_the_documents(
     np.testing.assert_array_equal(flat, np.concatenate(documents))
 
 
+def test_vanilla_webdataset_reads_spans_and_what_is_known_about_documents(
+    write_set: WriteSet, documents: list[np.ndarray]
+) -> None:
+    spans, metas = with_spans(documents)
+    samples = webdataset_samples(write_set(documents, spans=spans, metas=metas))
+    assert any("spans.npy" in s for s in samples) and not all("spans.npy" in s for s in samples)
+    for sample in samples:
+        found = sample.get("spans.npy", np.zeros((0, 3), np.int32))
+        assert found.dtype == np.int32 and (found[:, 0] + found[:, 1] <= len(sample["tok.npy"])).all()
+        assert len(sample.get("meta.json", sample["lens.npy"])) == len(sample["lens.npy"])
+    lengths = sum(int(s["spans.npy"][:, 1].sum()) for s in samples if "spans.npy" in s)
+    assert lengths == sum(int(rows[:, 1].sum()) for rows in spans) > 0
+
+
 def test_a_chunk_closes_at_the_first_document_end_and_long_documents_are_cut_into_pieces(
     write_set: WriteSet, documents: list[np.ndarray]
 ) -> None:
     """Independent reference: the rule applied to the list of lengths, without the writer's state."""
     pieces = [(min(50, len(d) - i), i + 50 >= len(d)) for d in documents for i in range(0, len(d), 50)]
-    expected, chunk = [], []
-    for length, _ in pieces:
+    expected, chunk, in_shard = [], [], 0
+    for length, last in pieces:
         chunk.append(length)
-        if sum(chunk) >= 50:
+        full = sum(chunk) >= 50
+        if full or (last and in_shard >= 200):
             expected.append(chunk)
-            chunk = []
+            in_shard, chunk = in_shard + sum(chunk), []
+        if last and in_shard >= 200:
+            in_shard = 0
     expected += [chunk] if chunk else []
     folder = write_set(documents)
     samples = webdataset_samples(folder)
@@ -75,6 +94,15 @@ def test_every_shard_holds_whole_documents(write_set: WriteSet, documents: list[
         assert shard.file == ShardSet.open(folder).shards[-1].file or shard.tokens >= 200
 
 
+def test_shards_of_documents_that_are_all_longer_than_a_chunk_end_too(write_set: WriteSet) -> None:
+    long = [np.full(137, 5, np.uint16) for _ in range(40)]
+    for document in long:
+        document[-1] = 1
+    shards = ShardSet.open(write_set(long)).shards
+    assert all(200 <= shard.tokens <= 200 + 137 for shard in shards[:-1]) and len(shards) > 10
+    assert sum(shard.documents for shard in shards) == 40
+
+
 def test_tars_are_plain_ustar_with_no_time_or_owner_and_the_index_points_at_the_payload(
     write_set: WriteSet, documents: list[np.ndarray]
 ) -> None:
@@ -86,10 +114,13 @@ def test_tars_are_plain_ustar_with_no_time_or_owner_and_the_index_points_at_the_
             assert path.read_bytes()[257:265] == b"ustar\x0000" and path.stat().st_size % tarfile.RECORDSIZE == 0
             for member in members:
                 assert (member.mtime, member.uid, member.gid, member.uname, member.mode) == (0, 0, 0, "", 0o644)
-            for row, member in zip(index, members[::2], strict=True):
-                tokens = np.load(io.BytesIO(archive.extractfile(member).read()), allow_pickle=False)
-                assert row[0] == member.offset_data + member.size - tokens.nbytes and row[1] == len(tokens)
-                assert row[2] == (tokens == 1).sum()
+            arrays = [np.load(io.BytesIO(archive.extractfile(member).read()), allow_pickle=False) for member in members]
+            before = 0
+            for row, member, tokens, lengths in zip(index.T, members[::2], arrays[::2], arrays[1::2], strict=True):
+                crc = zlib.crc32(tokens.tobytes() + lengths.tobytes())
+                payload = member.offset_data + member.size - tokens.nbytes
+                assert row.tolist() == [before, payload, len(lengths), (tokens == 1).sum(), 0, crc]
+                before += len(tokens)
 
 
 def test_the_same_documents_give_the_same_bytes(write_set: WriteSet, documents: list[np.ndarray]) -> None:
@@ -105,7 +136,7 @@ def test_any_range_reads_as_the_slice_of_all_documents_laid_end_to_end(
 ) -> None:
     flat = np.concatenate(documents)
     shards = ShardSet.open(write_set(documents, dtype=dtype))
-    assert shards.tokens == len(flat) and shards.chunk_starts[-1] == len(flat)
+    assert shards.tokens == len(flat)
     rng = np.random.default_rng(0)
     ranges = [(int(a), int(rng.integers(0, len(flat) - a + 1))) for a in rng.integers(0, len(flat), size=300)]
     for start, count in [*ranges, (0, len(flat)), (len(flat), 0), (len(flat) - 1, 1)]:
@@ -115,6 +146,103 @@ def test_any_range_reads_as_the_slice_of_all_documents_laid_end_to_end(
     for start, count in [(-1, 2), (0, len(flat) + 1), (len(flat), 1), (3, -1)]:
         with pytest.raises(IndexError):
             shards.read_tokens(start, count)
+
+
+def with_spans(documents: list[np.ndarray]) -> tuple[list[np.ndarray], list[dict | None]]:
+    """Spans of every kind, in order and apart, in most documents, and something known about every third."""
+    rng = np.random.default_rng(5)
+    spans = []
+    for document in documents:
+        borders = np.sort(rng.choice(len(document) + 1, size=min(len(document) + 1, 4), replace=False))
+        pairs = [(a, b - a, rng.integers(3)) for a, b in zip(borders[::2], borders[1::2])]
+        spans.append(np.array(pairs if rng.random() < 0.7 else [], np.int32).reshape(-1, 3))
+    return spans, [{"title": f"n° {i}"} if i % 3 == 0 else None for i in range(len(documents))]
+
+
+def test_pieces_and_spans_of_any_range_are_those_of_the_documents_laid_end_to_end(
+    write_set: WriteSet, documents: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reference: an array with the span of every token, and the beginnings counted from the lists of documents."""
+    spans, metas = with_spans(documents)
+    monkeypatch.setattr(data.shard_set, "LAYOUT_BYTES", 2500)  # a few chunks: most reads find theirs evicted
+    folder = write_set(documents, spans=spans, metas=metas)
+    shards = ShardSet.open(folder)
+    lengths = [len(part) for d in documents for part in np.split(d, range(50, len(d), 50))]
+    begins = set((np.cumsum(lengths) - lengths).tolist())
+    kind_of = np.full(shards.tokens, -1)
+    first_of = np.zeros(shards.tokens, bool)
+    for document, at in zip(spans, np.cumsum([len(d) for d in documents]) - [len(d) for d in documents]):
+        for start, length, kind in document:
+            kind_of[at + start : at + start + length] = kind
+            first_of[at + start] = True
+    first_of[sorted(begins)] = True  # a span that a piece border cuts is two
+    assert shards.has_spans and shards.row_tokens == 0 and shards.manifest.spans >= sum(map(len, spans)) > 40
+    rng = np.random.default_rng(0)
+    ranges = [
+        (int(a), int(rng.integers(0, min(shards.tokens - a, 300) + 1))) for a in rng.integers(0, shards.tokens, 300)
+    ]
+    for start, count in [*ranges, (0, shards.tokens), (shards.tokens, 0)]:
+        pieces = shards.read_pieces(start, count)
+        assert pieces.dtype == np.int64
+        assert pieces.tolist() == [i for i in range(count) if start + i in begins]
+        found = shards.read_spans(start, count)
+        assert found.dtype == np.int32 and found.shape[1:] == (3,)
+        shown, cuts = np.full(count, -1), []
+        for first, length, kind in found:
+            assert length > 0 and (shown[first : first + length] == -1).all()
+            shown[first : first + length] = kind
+            cuts.append(first)
+        np.testing.assert_array_equal(shown, kind_of[start : start + count])
+        wanted = [i for i in range(count) if kind_of[start + i] >= 0 and (i == 0 or first_of[start + i])]
+        assert cuts == wanted
+        tars = [
+            e.file
+            for e, end in zip(shards.shards, np.cumsum([e.tokens for e in shards.shards]))
+            if end - e.tokens < start + count and end > start
+        ]
+        assert [shards.shards[i].file for i in shards.shards_of(start, count)] == (tars if count else [])
+    assert shards._layouts.bytes <= 2500
+    for read in (shards.read_pieces, shards.read_spans, shards.shards_of):
+        with pytest.raises(IndexError):
+            read(-1, 2)
+    of_chunks = [meta for chunk in range(shards.manifest.chunks) for meta in shards.read_meta(chunk)]
+    pieces_of = [m for d, m in zip(documents, metas) for _ in range(0, len(d), 50)]
+    assert of_chunks == pieces_of
+    with pytest.raises(IndexError):
+        shards.read_meta(shards.manifest.chunks)
+
+
+def test_a_set_without_spans_and_meta_says_so(write_set: WriteSet, documents: list[np.ndarray]) -> None:
+    shards = ShardSet.open(write_set(documents))
+    assert not shards.has_spans and shards.read_spans(0, shards.tokens).shape == (0, 3)
+    metas = [shards.read_meta(chunk) for chunk in range(shards.manifest.chunks)]
+    assert {m for meta in metas for m in meta} == {None} and sum(map(len, metas)) == len(
+        shards.read_pieces(0, shards.tokens)
+    )
+
+
+@pytest.mark.parametrize("name", ["EIO", "ESTALE"])
+def test_a_passing_fault_of_the_file_system_is_tried_again_and_a_lasting_one_named(
+    write_set: WriteSet, documents: list[np.ndarray], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    shards, flat = ShardSet.open(write_set(documents)), np.concatenate(documents)
+    pauses: list[float] = []
+    monkeypatch.setattr(data.shard_files.time, "sleep", pauses.append)
+    real, left = os.preadv, [2]
+
+    def failing(*arguments):
+        if left[0]:
+            left[0] -= 1
+            raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    np.testing.assert_array_equal(shards.read_tokens(3, 30), flat[3:33])
+    left[0] = 3
+    with pytest.raises(ShardError, match=r"shard-000000\.tar: cannot be read") as caught:
+        shards.read_tokens(3, 30)
+    assert caught.value.shard == 0 and left[0] == 0 and len(pauses) == 4 and 0 < sum(pauses) < 2
+    np.testing.assert_array_equal(shards.read_tokens(3, 30), flat[3:33])
 
 
 def test_threads_read_right_while_files_are_evicted_and_few_stay_open(
@@ -131,8 +259,25 @@ def test_threads_read_right_while_files_are_evicted_and_few_stay_open(
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         assert all(pool.map(read, range(4)))
     links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
-    held = [link for link in links if os.path.lexists(link) and os.readlink(link).startswith(str(folder))]
+    names = [os.readlink(link) for link in links if os.path.lexists(link)]
+    held = [name for name in names if name.startswith(str(folder)) and name.endswith(".tar")]
     assert len(shards.shards) > 3 and len(held) == 2
+
+
+def test_sets_together_never_run_out_of_file_descriptors(write_set: WriteSet, documents: list[np.ndarray]) -> None:
+    """With room for three files more, six sets of six tars each still read: each gives up what it holds for the others."""
+    sets = [ShardSet.open(write_set(documents, folder=f"set{i}")) for i in range(6)]
+    flat = np.concatenate(documents)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    descriptor = os.open("/", os.O_RDONLY)  # the lowest that is free
+    os.close(descriptor)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptor + 3, hard))
+    try:
+        for _ in range(2):
+            for shards in sets:
+                np.testing.assert_array_equal(shards.read_tokens(0, len(flat)), flat)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def _read_in_child(shards: ShardSet, start: int, count: int, answers: multiprocessing.SimpleQueue) -> None:
@@ -157,181 +302,6 @@ def test_a_pickled_set_carries_no_open_file(write_set: WriteSet, documents: list
     shards.read_tokens(0, shards.tokens)
     copy = pickle.loads(pickle.dumps(shards))
     np.testing.assert_array_equal(copy.read_tokens(3, 60), shards.read_tokens(3, 60))
-
-
-def edit_manifest(change: Callable[[dict], object]) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
-        change(manifest)
-        (folder / "manifest.json").write_text(json.dumps(manifest))
-
-    return edit
-
-
-def edit_file(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes())) and None
-
-
-def edit_index(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        path = folder / "shard-000001.index.npy"
-        np.save(path, change(np.load(path)))
-
-    return edit
-
-
-def add(row: int, column: int, amount: int) -> Callable[[np.ndarray], np.ndarray]:
-    def change(index: np.ndarray) -> np.ndarray:
-        index[row, column] += amount
-        return index
-
-    return change
-
-
-def flip_byte(content: bytes, place: int = 700) -> bytes:
-    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
-
-
-DAMAGE = {
-    "no manifest": (lambda f: (f / "manifest.json").unlink(), r"manifest\.json: missing"),
-    "manifest cut": (edit_file("manifest.json", lambda b: b[: len(b) // 2]), r"manifest\.json: not JSON"),
-    "manifest not text": (edit_file("manifest.json", lambda b: b"\xff\xfe" + b), r"manifest\.json: not JSON"),
-    "manifest a list": (edit_file("manifest.json", lambda b: b"[]"), "must be a JSON object"),
-    "other version": (edit_manifest(lambda m: m.update(format_version=2)), "format_version is 2.*reads 1"),
-    "missing field": (edit_manifest(lambda m: m.pop("utf8_bytes")), "field utf8_bytes is missing"),
-    "missing shard field": (edit_manifest(lambda m: m["shards"][1].pop("sha256")), r"shards\[1\]\.sha256 is missing"),
-    "ill-typed": (edit_manifest(lambda m: m.update(vocab_size="300")), "vocab_size must be a whole number"),
-    "negative": (edit_manifest(lambda m: m["special"].update(mask=-1)), r"special\.mask must be a whole number"),
-    "unknown dtype": (edit_manifest(lambda m: m.update(dtype="int64")), "dtype is 'int64'"),
-    "vocab over dtype": (edit_manifest(lambda m: m.update(vocab_size=65537)), "65537 does not fit dtype uint16"),
-    "special outside": (edit_manifest(lambda m: m["special"].update(bos=300)), r"special\.bos is 300, outside"),
-    "mask is eos": (edit_manifest(lambda m: m["special"].update(mask=1)), r"special\.mask is 1, the same"),
-    "mask is eos only": (edit_manifest(lambda m: m["special"].update(mask=1, pad=5)), r"special\.mask is 1, the same"),
-    "mask is pad only": (edit_manifest(lambda m: m["special"].update(mask=5, pad=5)), r"special\.mask is 5, the same"),
-    "totals disagree": (edit_manifest(lambda m: m.update(tokens=5)), "tokens is 5 but the shards add up"),
-    "nothing in it": (
-        edit_manifest(lambda m: m.update(shards=[], **dict.fromkeys(["tokens", "documents", "utf8_bytes"], 0))),
-        "add up to|no tokens",
-    ),
-    "path upwards": (edit_manifest(lambda m: m["shards"][0].update(file="../x.tar")), r"'\.\./x\.tar' is not a plain"),
-    "absolute path": (edit_manifest(lambda m: m["shards"][0].update(file="/x.tar")), r"'/x\.tar' is not a plain"),
-    "tokenizer path": (edit_manifest(lambda m: m["tokenizer"].update(file="a/b")), "'a/b' is not a plain"),
-    "listed twice": (
-        edit_manifest(lambda m: m["shards"][1].update(file="shard-000000.tar")),
-        r"shard-000000\.tar is listed twice",
-    ),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), r"tokenizer\.json: .* cannot be read"),
-    "other tokenizer": (edit_file("tokenizer.json", lambda b: b + b"\n"), r"tokenizer\.json: differs"),
-    "no shard": (lambda f: (f / "shard-000001.tar").unlink(), r"shard-000001\.tar: .*cannot be read"),
-    "shard is a folder": (
-        lambda f: ((f / "shard-000001.tar").unlink(), (f / "shard-000001.tar").mkdir()),
-        r"shard-000001\.tar: ",
-    ),
-    "shard cut": (edit_file("shard-000001.tar", lambda b: b[:-512]), r"shard-000001\.tar: cut short"),
-    "shard grown": (edit_file("shard-000001.tar", lambda b: b + b"\0"), r"shard-000001\.tar: too long"),
-    "one bit": (edit_file("shard-000001.tar", flip_byte), r"shard-000001\.tar: its content was changed"),
-    "no index": (lambda f: (f / "shard-000001.index.npy").unlink(), r"shard-000001\.index\.npy: .*cannot be read"),
-    "index junk": (edit_file("shard-000001.index.npy", lambda b: b"junk"), r"index\.npy: not a readable index"),
-    "index cut": (edit_file("shard-000001.index.npy", lambda b: b[:-8]), r"index\.npy: not a readable index"),
-    "index shape": (edit_index(lambda a: a[:-1]), r"index\.npy: the index is int64"),
-    "index type": (edit_index(lambda a: a.astype(np.float64)), r"index\.npy: the index is float64"),
-    "index sums": (edit_index(add(0, 1, 1)), r"index\.npy: \d+ tokens and"),
-    "index documents": (edit_index(add(0, 2, 1)), r"index\.npy: \d+ tokens and"),
-    "offset beyond the tar": (edit_index(add(-1, 0, 1 << 40)), r"index\.npy: an offset lies outside"),
-    "offset negative": (edit_index(add(0, 0, -4096)), r"index\.npy: an offset lies outside"),
-    "offset in another chunk": (edit_index(add(1, 0, -1536)), r"index\.npy: an offset lies outside"),
-    "offset shifted": (edit_index(add(0, 0, 2)), r"index\.npy: the index was changed"),
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_is_refused_at_opening_with_one_line_that_names_the_file(
-    write_set: WriteSet, documents: list[np.ndarray], kind: str
-) -> None:
-    folder = write_set(documents)
-    assert ShardSet.open(folder).tokens
-    damage, message = DAMAGE[kind]
-    damage(folder)
-    with pytest.raises(InputError, match=message) as caught:
-        ShardSet.open(folder)
-    text = str(caught.value)
-    assert "\n" not in text and str(folder) in text and "python -m pretrain prepare" in text
-
-
-def test_an_index_with_pickled_objects_is_refused_without_running_them(
-    write_set: WriteSet, documents: list[np.ndarray], tmp_path: Path
-) -> None:
-    class Trap:
-        def __reduce__(self) -> tuple:
-            return (Path.touch, (tmp_path / "ran",))
-
-    folder = write_set(documents)
-    np.save(folder / "shard-000000.index.npy", np.array([Trap()], dtype=object), allow_pickle=True)
-    with pytest.raises(InputError, match="not a readable index"):
-        ShardSet.open(folder)
-    assert not (tmp_path / "ran").exists()
-
-
-def test_a_missing_folder_and_the_parent_of_a_set_say_what_to_do(
-    write_set: WriteSet, documents: list[np.ndarray], tmp_path: Path
-) -> None:
-    with pytest.raises(InputError, match="no such folder"):
-        ShardSet.open(tmp_path / "nowhere")
-    write_set(documents, folder="train")
-    with pytest.raises(InputError, match=re.escape(f"did you mean {tmp_path / 'train'}")):
-        ShardSet.open(tmp_path)
-    with pytest.raises(InputError, match="verify: 'deep'"):
-        ShardSet.open(tmp_path / "train", verify="deep")
-
-
-def test_each_verify_depth_finds_what_it_promises(
-    write_set: WriteSet, documents: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    good = write_set(documents)
-    offset = int(np.load(good / "shard-000001.index.npy")[-1, 0])
-    places = {"payload": offset, "tar header": offset - 128 - 512, "npy header": offset - 120, "end": -1}
-    monkeypatch.setattr(data.shard_set, "FULL_CHECK_BYTES", 0)  # so that auto stands for a large set
-    found = {}
-    for damage, place in places.items():
-        folder = tmp_path / damage.replace(" ", "-")
-        shutil.copytree(good, folder)
-        edit_file("shard-000001.tar", lambda b, place=place: flip_byte(b, place % len(b)))(folder)
-        found[damage] = set()
-        for verify in ("size", "auto", "full"):
-            try:
-                ShardSet.open(folder, verify=verify)
-            except InputError as error:
-                assert "shard-000001.tar" in str(error)
-                found[damage].add(verify)
-    headers = {"auto", "full"}
-    assert found == {"payload": {"full"}, "tar header": headers, "npy header": headers, "end": {"full"}}
-
-
-def test_an_id_outside_the_vocabulary_is_refused_when_read_and_named(
-    write_set: WriteSet, documents: list[np.ndarray]
-) -> None:
-    documents[40][:-1] = 300  # the vocabulary ends at 299
-    shards = ShardSet.open(write_set(documents, vocab_size=300))
-    start = sum(map(len, documents[:40]))
-    with pytest.raises(InputError, match="token id 300, outside the vocabulary of 300") as caught:
-        shards.read_tokens(start - 3, 4)
-    chunk = int(np.searchsorted(shards.chunk_starts, start, side="right")) - 1
-    shard = int(shards.chunk_shards[chunk])
-    first = [i for i, s in enumerate(shards.chunk_shards) if s == shard][0]
-    assert shards.shards[shard].file in str(caught.value) and f"chunk {chunk - first} " in str(caught.value)
-    assert len(shards.read_tokens(0, start)) == start
-
-
-def test_a_shard_cut_short_after_opening_is_named(write_set: WriteSet, documents: list[np.ndarray]) -> None:
-    folder = write_set(documents)
-    shards = ShardSet.open(folder)
-    os.truncate(folder / "shard-000002.tar", 700)
-    with pytest.raises(InputError, match=r"shard-000002\.tar: ends inside chunk 0"):
-        shards.read_tokens(0, shards.tokens)
-    shards.close()
-    (folder / "shard-000002.tar").unlink()
-    with pytest.raises(InputError, match=r"shard-000002\.tar: cannot be read at chunk 0"):
-        shards.read_tokens(0, shards.tokens)
 
 
 def test_a_writer_that_goes_on_after_finished_shards_gives_the_same_shards(

@@ -11,7 +11,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from data.errors import InputError
 from data.manifest import SpecialIds
-from data.tokenizer import TextTokenizer, even_sample, find_special_ids, load_tokenizer, prepare_tokenizer, train_bpe
+from data.tokenizer import TextTokenizer, find_special_ids, load_tokenizer, prepare_tokenizer
+from data.tokenizer_training import even_sample, train_bpe
 from tests.data.small_corpus import make_text
 
 AWKWARD = [

@@ -15,12 +15,13 @@ KINDS = ("z0", "z1", "z2", "z3", "fsdp2")
 
 @dataclass(frozen=True)
 class Cell:
-    """One layout to prove. micro_batch: samples a rank computes at once."""
+    """One layout to prove. micro_batch: samples a rank computes at once. packed: several isolated documents in every sample."""
 
     world: int
     layout: Layout
     micro_batch: int = 1
     tied: bool = False
+    packed: bool = False
 
     @property
     def name(self) -> str:
@@ -33,6 +34,7 @@ class Cell:
         words += [f"shard {lay.shard_group}"] if lay.shard_group else []
         words += [f"recompute {lay.activation_checkpointing}"] if lay.activation_checkpointing != "none" else []
         words += ["tied"] if self.tied else []
+        words += ["packed"] if self.packed else []
         return " ".join([*words, f"x{case.accumulation}"])
 
     @property
@@ -101,6 +103,16 @@ def _special(kind: str) -> list[Cell]:
     return cells
 
 
+def _packed() -> list[Cell]:
+    """Documents must reach every tensor-parallel rank and every stage; the first two run in `make test`."""
+    both = {"pipeline": 2, "schedule": "interleaved", **SP, "activation_checkpointing": "selective"}
+    return [
+        Cell(2, _layout("z3", tensor=2), micro_batch=4, packed=True),
+        Cell(2, _layout("fsdp2", pipeline=2), micro_batch=2, packed=True),
+        *(Cell(4, _layout(kind, **both), micro_batch=2, packed=True) for kind in ("z3", "fsdp2")),
+    ]
+
+
 def schedules_of(kind: str) -> tuple[str, ...]:
     return SCHEDULES if kind == "fsdp2" else tuple(s for s in SCHEDULES if s not in ZERO_BUBBLE)
 
@@ -113,7 +125,7 @@ CELLS: tuple[Cell, ...] = tuple(
         *(cell for schedule in schedules_of(kind) for cell in _pipelined(kind, schedule)),
         *_special(kind),
     )
-)
+) + tuple(_packed())
 
 
 def everyday() -> list[Cell]:
@@ -135,4 +147,5 @@ def _pieces(cell: Cell) -> set[tuple[str, ...]]:
         ("schedule", schedule),
         ("tensor", mode),
         *(("feature", f) for _, f in features(cell.case)),
+        *([("packed", cell.name)] if cell.packed and cell.world == 2 else []),
     }

@@ -31,17 +31,24 @@ LENGTH, GLOBAL_BATCH, SEED, STEPS = 12, 8, 3, 3
 LR, CLIP, BETAS, EPS, DECAY = 2e-3, 2.5, (0.9, 0.95), 1e-6, 0.1
 EMPTY_STEP = 1
 SECOND_DOCUMENT = 5  # where it begins, in every third sample
+# Documents of a packed sample, taken in turn: uneven ones, one token alone, one document.
+PACKED = ((5, 1, 4, 2), (3, 9), (12,), (1, 1, 6, 4), (7, 5))
 
 
-def batches(dp_rank: int = 0, dp_size: int = 1, micro_batch: int = GLOBAL_BATCH, seed: int = SEED):
-    """This rank's microbatches of each step (lists of DiffusionBatch), from the product's own stream."""
+def batches(
+    dp_rank: int = 0, dp_size: int = 1, micro_batch: int = GLOBAL_BATCH, seed: int = SEED, packed: bool = False
+):
+    """This rank's microbatches of each step (lists of DiffusionBatch), from the product's own stream.
+
+    packed: several documents in every sample, positions counted anew in each.
+    """
     options = StageOptions(MaskingOptions(seed, GLOBAL_BATCH), random_length_prob=0.3)
     part = Slice(GLOBAL_BATCH, micro_batch, dp_rank, dp_size)
     stream = BlockStream(Store(), LENGTH, SEED, segment_tokens=64)
     groups = [[expand(c, MASK) for c in group] for group in training_batches(stream, options, part, PAD, steps=STEPS)]
     for step, group in enumerate(groups):
         for batch in group:
-            _cut_documents(batch)
+            (_pack_documents if packed else _cut_documents)(batch)
             if step == EMPTY_STEP:
                 first_half = batch.sample_ids % GLOBAL_BATCH < GLOBAL_BATCH // 2
                 batch.masked[first_half] = False
@@ -54,6 +61,16 @@ def _cut_documents(batch: DiffusionBatch) -> None:
     cut = (batch.sample_ids % 3 == 0)[:, None] & (batch.position_ids >= SECOND_DOCUMENT)
     batch.document_ids = torch.where(cut & (batch.document_ids != PADDING_DOCUMENT), 1, batch.document_ids)
     batch.position_ids = torch.where(cut, 2 * (batch.position_ids - SECOND_DOCUMENT), batch.position_ids)
+
+
+def _pack_documents(batch: DiffusionBatch) -> None:
+    """Tokens that are not padding (random lengths) fall into the documents of PACKED."""
+    for row, sample in enumerate(batch.sample_ids.tolist()):
+        sizes = torch.tensor(PACKED[sample % len(PACKED)])
+        number = torch.arange(len(sizes)).repeat_interleave(sizes)
+        padding = batch.document_ids[row] == PADDING_DOCUMENT
+        batch.document_ids[row] = torch.where(padding, PADDING_DOCUMENT, number)
+        batch.position_ids[row] = torch.arange(LENGTH) - (sizes.cumsum(0) - sizes)[number]
 
 
 @functools.cache
@@ -78,7 +95,7 @@ class Truth:
 
 
 @functools.cache
-def truth(tied: bool = False) -> Truth:
+def truth(tied: bool = False, packed: bool = False) -> Truth:
     """The reference run."""
     shape = shape_of(tied)
     weights = {
@@ -87,7 +104,7 @@ def truth(tied: bool = False) -> Truth:
     }
     optimizer = reference_model.AdamW(weights, BETAS, EPS, DECAY, CLIP)
     losses, norms, gradients, masked = [], [], [], []
-    for group, count in zip(batches(), normalizers()):
+    for group, count in zip(batches(packed=packed), normalizers()):
         value = sum(reference_model.loss(weights, shape, b.tensors(), count) for b in group)
         found = reference_model.gradients(weights, value)
         losses.append(value.item())

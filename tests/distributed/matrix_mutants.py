@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -193,6 +194,50 @@ def positions_not_passed_to_later_stages():
 
     with _stage_inputs(count):
         yield
+
+
+# Isolated documents.
+
+PACKED = ("z3 tp2 packed x2", "fsdp2 pp2 1f1b packed x4")
+
+
+def _documents(change: Callable[[Any], Any]):
+    """Patches what engine and pipeline find out about the documents of a microbatch."""
+    from parallel import attention, engine, pipeline
+
+    def changed(ids, device):
+        return change(attention.find_documents(ids, device))
+
+    with contextlib.ExitStack() as stack:
+        for module in (engine, pipeline):
+            stack.enter_context(patch.object(module, "find_documents", changed))
+        yield
+
+
+@mutant("tokens see the other documents of their sample", *PACKED)
+def documents_not_isolated():
+    yield from _documents(lambda found: None)
+
+
+@mutant("every document ends one token late", *PACKED)
+def documents_end_one_token_late():
+    def late(found):
+        if found is None:
+            return None
+        return found._replace(bounds=(found.bounds + (found.bounds > 0)).clamp(max=found.ids.numel()))
+
+    yield from _documents(late)
+
+
+@mutant("all microbatches are isolated like the first", *reversed(PACKED))
+def documents_of_the_first_microbatch():
+    first: list[Any] = []
+
+    def kept(found):
+        first.append(found)
+        return first[0]
+
+    yield from _documents(kept)
 
 
 @mutant(

@@ -100,6 +100,7 @@ def _plain(index: int, cell: Cell, mutant: Optional[str]) -> dict[str, Any]:
         "layout": asdict(cell.layout),
         "micro_batch": cell.micro_batch,
         "tied": cell.tied,
+        "packed": cell.packed,
         "bf16": False,
         "mutant": mutant,
     }
@@ -142,7 +143,7 @@ def _read(folder: Path, index: int, world: int) -> list[dict[str, Any]]:
 
 def compare(cell: Cell, mutant: Optional[str], found: list[dict[str, Any]]) -> Outcome:
     """What the ranks of one cell found, against the reference. found: as matrix_worker writes it, in rank order."""
-    truth = matrix_case.truth(cell.tied)
+    truth = matrix_case.truth(cell.tied, cell.packed)
     outcome = Outcome(cell, mutant)
     errors: dict[str, list[tuple[float, str]]] = {measure: [] for measure in BOUNDS}
     for step, (loss, norm) in enumerate(zip(truth.losses, truth.norms)):

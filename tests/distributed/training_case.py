@@ -23,7 +23,7 @@ EMPTY_STEP_OF_RANK_0 = 4  # a step in which the first half of the global batch h
 class Store:
     """Random token ids that never contain the special ones."""
 
-    tokens = 1000
+    tokens, row_tokens, has_spans = 1000, 0, False
 
     def __init__(self):
         self._ids = np.random.default_rng(0).integers(2, MODEL.vocab_size, self.tokens).astype(np.uint16)

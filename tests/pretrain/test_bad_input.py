@@ -83,6 +83,14 @@ CONFIG_MISTAKES = {
         ["--optimizer.schedule", "stages", "--optimizer.stages", "[[5,0.1,constant],[3,0.1,linear]]"],
         ["optimizer.stages", "rising"],
     ),
+    "rows without a set of rows": (["--data.pad_policy", "eos_in_loss"], ["data.pad_policy", "--row_tokens"]),
+    "a condition that is not in the shards": (
+        ["--data.cfg_dropout", "0.1", "--data.cfg_condition", "spans"],
+        ["data.cfg_condition is spans", "data.shards", "cfg_condition=prefix"],
+    ),
+    "negative bad shards": (["--data.max_bad_shards", "-1"], ["data.max_bad_shards", ">= 0"]),
+    "a source without a path": (["--data.shards", "[{weight: 1}]"], ["data.shards", "path"]),
+    "a mixture of nothing": (["--data.shards", "[]"], ["data.shards is empty"]),
     "no such data": (["--data.shards", "/nowhere/train"], ["data.shards", "/nowhere/train", "prepare"]),
     "no such checkpoint": (["--train.init_from", "/nowhere/step-1"], ["train.init_from", "/nowhere/step-1"]),
     "betas outside [0, 1)": (["--optimizer.betas", "[1.5, 0.9]"], ["optimizer.betas", "[0, 1)"]),
@@ -182,19 +190,20 @@ CHANGED = {
     "run.seed": "7", "model.num_layers": "3", "model.hidden_size": "64", "model.num_heads": "2", "model.num_kv_heads": "4",
     "model.ffn_hidden_size": "96", "model.vocab_size": "600", "model.rope_theta": "10", "model.norm_eps": "0.1",
     "model.tie_embeddings": "true", "model.init_std": "0.1", "data.sequence_length": "16", "data.random_length_prob": "0.5",
+    "data.packing": "isolate", "data.shuffle_window": "5000", "data.pad_policy": "eos_in_loss",
     "data.cfg_dropout": "0.5", "data.cfg_condition": "prefix", "objective.eps": "0.1", "objective.t_sampling": "iid",
     "objective.masking": "fixed_count", "objective.weighting": "false", "train.global_batch_size": "16",
 }  # fmt: skip
-ONLY_ONE_VALUE = {"data.packing", "objective.kind", "objective.schedule", "objective.normalizer"}
+ONLY_ONE_VALUE = {"objective.kind", "objective.schedule", "objective.normalizer"}
 
 
 def test_an_existing_run_is_not_continued_with_another_model_stream_or_objective_and_stays_as_it_is(
     capsys, corpus, tmp_path
 ):
     from pretrain.load_config import load_config, to_dict
-    from pretrain.preflight import FROZEN
+    from pretrain.stream_position import BLOCK_KEYS, MODEL_KEYS, SAMPLE_KEYS
 
-    assert set(CHANGED) | ONLY_ONE_VALUE == set(FROZEN)
+    assert set(CHANGED) | ONLY_ONE_VALUE == {*MODEL_KEYS, *BLOCK_KEYS, *SAMPLE_KEYS} - {"data.shards"}
     command = arguments(corpus, tmp_path, "r")
     saved = tmp_path / "r" / "checkpoints" / "step-00000004"
     saved.mkdir(parents=True)
@@ -203,6 +212,10 @@ def test_an_existing_run_is_not_continued_with_another_model_stream_or_objective
         trainer = {"format": 1, "step": 4, "config": config, "data_fingerprint": "x"}
         (saved / "trainer.json").write_text(json.dumps(trainer))
         check_fails(capsys, command, key, "there", "now", "run.name")
+        if key.startswith("model."):
+            check_fails(capsys, [*command, "--data.reset_stream", "true"], key, "there", "now", "run.name")
+        else:
+            check_fails(capsys, command, "data.reset_stream=true")
     trainer["config"] = to_dict(load_config(command[1:]))
     (saved / "trainer.json").write_text(json.dumps(trainer))
     check_fails(capsys, command, "other shards", "data.shards")
@@ -219,7 +232,7 @@ def test_a_checkpoint_with_a_truncated_or_missing_file_is_named_before_anything_
     from parallel import checkpoint
     from parallel.boxes import Boxes
     from pretrain.load_config import load_config, to_dict
-    from pretrain.preflight import fingerprint
+    from pretrain.training_data import fingerprint
 
     command = arguments(corpus, tmp_path, "r")
     trainer = {
@@ -314,3 +327,18 @@ def test_help_names_every_command(capsys):
     assert cli.run(["--help"]) == 0
     shown = capsys.readouterr().out
     assert all(f"\n  {name}" in shown for name in cli.COMMANDS)
+
+
+def test_mistakes_in_a_mixture(capsys, corpus, tmp_path):
+    one, two = str(corpus / "train"), str(corpus / "val")
+
+    def command(*sources: dict) -> list[str]:
+        return [*arguments(corpus, tmp_path / "runs", "r"), "--data.shards", json.dumps(sources)]
+
+    check_fails(capsys, command({"path": one}, {"path": one}), "two sources are called", "name")
+    check_fails(capsys, command({"path": one, "weight": 1}, {"path": two}), "some sources have a weight")
+    check_fails(capsys, command({"path": one, "weight": -1}, {"path": two, "weight": 2}), "weights must be >= 0")
+    check_fails(capsys, command({"path": one, "weight": 1, "epochs": 0}), "data.shards[0].epochs is 0", "> 0")
+    check_fails(capsys, command({"path": one, "epochs": 0.001}), "`epochs`", "samples", "train.steps")
+    check_fails(capsys, command({"path": one}, {"path": "/nowhere/b"}), "data.shards[1]", "/nowhere/b")
+    assert not (tmp_path / "runs").exists()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from parallel.attention import attention, rotary_angles
+from parallel.attention import find_documents, rotary_angles
+from parallel.engine import model_inputs
 from parallel.initialise import local_share, rows
 from parallel.mesh import build_mesh, single_process_mesh
+from parallel.recompute import MODES, recomputed
 from parallel.shape import ModelShape, parameter_counts, parameter_table
 from pretrain.config import ModelConfig
 from pretrain.flops import flops_per_token
@@ -105,26 +107,127 @@ def test_padding_behind_a_sample_leaves_it_as_if_it_were_alone(model):
     assert (padded - alone).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("documents", [None, torch.zeros(2, 8, dtype=torch.int32)])
-def test_a_compiled_block_is_one_graph_without_a_break(model, documents):
+# Rows of several documents with positions counted anew in each: uneven ones, one token alone, padding, nothing but padding.
+LENGTHS = ((7, 1, 5, 3), (9, 4), (16,), ())
+
+
+def packed(lengths: tuple[tuple[int, ...], ...], width: int = 16) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """ids, document_ids, position_ids [rows, width]: documents of these lengths end to end, padding behind them."""
+    documents = torch.full((len(lengths), width), -1, dtype=torch.int32)
+    positions = torch.arange(width, dtype=torch.int32).repeat(len(lengths), 1)
+    for row, sizes in enumerate(lengths):
+        begin = 0
+        for number, size in enumerate(sizes):
+            documents[row, begin : begin + size] = number
+            positions[row, begin : begin + size] = torch.arange(size, dtype=torch.int32)
+            begin += size
+    ids = torch.randint(2, 150, documents.shape, generator=torch.Generator().manual_seed(6))
+    return ids.masked_fill(documents < 0, case.PAD), documents, positions
+
+
+@pytest.fixture(scope="module", params=["float32", "float64", "float32 compiled"])
+def packing_model(request, model) -> DiffusionTransformer:
+    dtype, _, compiled = request.param.partition(" ")
+    built = DiffusionTransformer(model.shape, build_mesh())
+    built.load_state_dict(model.state_dict())
+    built.to(getattr(torch, dtype))
+    if compiled:
+        torch._dynamo.reset()
+        for block in built.blocks.values():
+            block.compute = torch.compile(block._compute, backend="aot_eager", fullgraph=True)
+    return built
+
+
+def test_no_token_of_any_other_document_moves_a_logit_by_a_bit_and_every_token_of_its_own_does(packing_model):
+    ids, documents, positions = packed(LENGTHS)
+    before = run(packing_model, ids, documents, positions)
+    for row in range(len(LENGTHS)):
+        for document in documents[row].unique():
+            own = torch.zeros_like(documents, dtype=torch.bool)
+            own[row] = documents[row] == document
+            elsewhere = run(packing_model, torch.where(own, ids, (ids + 11) % 150), documents, positions)
+            assert torch.equal(elsewhere[own], before[own])
+            last = own.nonzero()[-1]
+            changed = ids.clone()
+            changed[tuple(last)] = (changed[tuple(last)] + 11) % 150
+            moved = (run(packing_model, changed, documents, positions) - before).abs().amax(-1)
+            assert (moved[own] > 1e-6).all() and not moved[~own].any()
+
+
+def test_a_document_at_any_offset_has_the_logits_it_has_alone_in_a_row(packing_model):
+    ids, documents, positions = packed(LENGTHS)
+    together = run(packing_model, ids, documents, positions)
+    bound = 1e-10 if together.dtype == torch.float64 else 1e-5
+    for row, sizes in enumerate(LENGTHS):
+        for begin, size in zip(torch.tensor((0, *sizes)).cumsum(0).tolist(), sizes):
+            alone = run(packing_model, ids[row : row + 1, begin : begin + size])
+            off = (together[row, begin : begin + size] - alone[0]).norm() / alone.norm()
+            assert off < bound, f"row {row}, document at {begin}"
+
+
+def test_logits_loss_and_gradients_of_packed_rows_equal_the_float64_reference(packing_model):
+    ids, documents, positions = packed(LENGTHS)
+    masked = (torch.rand(ids.shape, generator=torch.Generator().manual_seed(7)) < 0.5) & (documents >= 0)
+    batch = {
+        "noisy_ids": ids.masked_fill(masked, case.MASK), "target_ids": ids, "masked": masked, "weight": masked * 2.0,
+        "position_ids": positions, "document_ids": documents,
+    }  # fmt: skip
+    table = parameter_table(packing_model.shape)
+    weights = {
+        n: p.detach()[: table[n].shape[0]].double().requires_grad_() for n, p in packing_model.named_parameters()
+    }
+    truth = reference_model.loss(weights, packing_model.shape, batch, 50.0)
+    expected = reference_model.gradients(weights, truth)
+    packing_model.zero_grad()
+    output = packing_model(**model_inputs(batch, torch.device("cpu"), torch.tensor(50.0)))
+    output.loss.backward()
+    assert output.loss.item() == pytest.approx(truth.item(), rel=1e-5)
+    for name, parameter in packing_model.named_parameters():
+        gradient = parameter.grad[: table[name].shape[0]].double()
+        assert (gradient - expected[name]).norm() < 1e-4 * expected[name].norm(), name
+
+
+def test_a_row_of_padding_alone_and_documents_of_one_token_give_finite_logits_and_gradients(packing_model):
+    ids, documents, positions = packed(((), (1,) * 16, (3, 1)))
+    packing_model.zero_grad()
+    logits = packing_model(ids, positions, documents)
+    logits.square().sum().backward()
+    assert logits.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in packing_model.parameters())
+
+
+def isolations() -> dict[str, object]:
+    found = find_documents(torch.tensor([[0, 0, 1, 1, 1, 2, -1, -1]] * 2, dtype=torch.int32), torch.device("cpu"))
+    assert found is not None
+    return {"one document": None, "documents": found, "a mask": found.mask()}
+
+
+@pytest.mark.parametrize("recompute", MODES)
+@pytest.mark.parametrize("kind", isolations())
+def test_a_compiled_block_is_one_graph_without_a_break(model, kind, recompute):
     cos, sin = rotary_angles(torch.arange(8).expand(2, 8), 8, 500000.0)
     torch._dynamo.reset()
-    found = torch._dynamo.explain(model.blocks["0"]._compute)(torch.randn(2, 8, 32), cos, sin, documents)
+    compute = recomputed(model.blocks["0"]._compute, recompute)
+    found = torch._dynamo.explain(compute)(torch.randn(2, 8, 32), cos, sin, isolations()[kind])
     assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_attention_equals_softmax_written_out(kv_heads):
-    g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, n, 10, 8, generator=g, dtype=torch.float64) for n in (4, kv_heads, kv_heads))
-    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, -1, -1]] * 2)
-    for ids in (None, documents):
-        out = attention(q, k, v, ids)
-        for h in range(4):
-            scores = q[:, h] @ k[:, h * kv_heads // 4].mT / 8**0.5
-            if ids is not None:
-                scores = scores.masked_fill(ids[:, :, None] != ids[:, None, :], float("-inf"))
-            assert torch.allclose(out[:, h], scores.softmax(-1) @ v[:, h * kv_heads // 4], atol=1e-12)
+def test_a_compiled_block_serves_microbatches_of_any_documents_with_few_graphs(model):
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    cos, sin = rotary_angles(torch.arange(16).expand(1, 16), 8, 500000.0)
+    torch._dynamo.reset()
+    compute = torch.compile(model.blocks["0"]._compute, backend=count, fullgraph=True)
+    x = torch.randn(1, 16, 32)
+    for sizes in ((16,), (8, 8), (1,) * 16, (3, 4), (5, 5, 5), (1, 2, 3, 4), (), (15,), (2,) * 8, (1,) * 5):
+        found = find_documents(packed((sizes,))[1], torch.device("cpu"))
+        compiled, eager = compute(x, cos, sin, found), model.blocks["0"](x, cos, sin, found)
+        assert (compiled - eager).norm() < 1e-5 * eager.norm()
+    assert len(graphs) == 2  # with and without documents
 
 
 def test_initial_weights_are_the_same_at_every_layout_and_follow_the_stated_scale():

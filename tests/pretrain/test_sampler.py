@@ -327,7 +327,7 @@ def test_the_unconditional_input_is_the_dropped_training_sample_token_for_token(
                 "tokens": row.numpy().astype(np.uint16),
                 "mask": (row == MASK).numpy(),
                 "length": 9,
-                "condition_length": 4,
+                "prompt": np.arange(9) < 4,
                 "t": 0.5,
                 "p_mask": 0.5,
                 "dropped": True,

@@ -1,0 +1,90 @@
+"""Where a run stands in its sample stream, what the stream follows from, and what becomes of it when that changes.
+
+The state of the stream is one integer. Step s reads samples [sample + (s - step) B, ... + B): `step` and `sample` are 0 unless the
+stream was reset, which only `data.reset_stream` allows, and which is kept in the checkpoint for good.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from data.errors import InputError
+from pretrain.config import Config, ModelConfig, ObjectiveConfig
+from pretrain.load_config import to_dict
+
+# Changing one of these makes it another model.
+MODEL_KEYS = tuple(f"model.{name}" for name in ModelConfig.__dataclass_fields__ if name != "norm_impl")
+# What blocks, and their order, follow from.
+BLOCK_KEYS = ("run.seed", "data.sequence_length", "data.shuffle_window", "data.shards")
+# What else the samples of the stream follow from.
+SAMPLE_KEYS = (
+    "data.packing",
+    "data.pad_policy",
+    "data.random_length_prob",
+    "data.cfg_dropout",
+    "data.cfg_condition",
+    *(f"objective.{name}" for name in ObjectiveConfig.__dataclass_fields__),
+    "train.global_batch_size",
+)
+
+
+@dataclass(frozen=True)
+class StreamPosition:
+    """The samples of step `step` begin at `sample`; earlier resets are in `resets`."""
+
+    step: int = 0
+    sample: int = 0
+    resets: tuple[dict[str, Any], ...] = field(default=())
+
+    def consumed(self, step: int, global_batch: int) -> int:
+        """Global index of the first sample of a step at or after `self.step`."""
+        return self.sample + (step - self.step) * global_batch
+
+    def saved(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"step": self.step, "sample": self.sample, "resets": list(self.resets)}
+
+
+def go_on(config: Config, data_fingerprint: str, trainer: dict[str, Any], folder: str) -> StreamPosition:
+    """Where the run in `folder` goes on, given what its checkpoint says. The same position wherever nothing changed.
+
+    Raises InputError, naming every key, for changes that would make it another model, or another stream without
+    data.reset_stream. A reset goes on behind the samples already read if the blocks and their order stay the same, else at 0.
+    """
+    now, then = to_dict(config), trainer.get("config") or {}
+    stored = trainer.get("stream") or {}
+    position = StreamPosition(stored.get("step", 0), stored.get("sample", 0), tuple(stored.get("resets", ())))
+    changed = {
+        key: [_look_up(then, key), _look_up(now, key)]
+        for key in (*MODEL_KEYS, *BLOCK_KEYS, *SAMPLE_KEYS)
+        if key != "data.shards" and _look_up(now, key) != _look_up(then, key)
+    }
+    if trainer.get("data_fingerprint") != data_fingerprint:  # the same data may lie elsewhere now
+        changed["data.shards"] = [_look_up(then, "data.shards"), _look_up(now, "data.shards")]
+    if not changed:
+        return position
+    named = ", ".join(f"{key} (there {there}, now {here})" for key, (there, here) in changed.items())
+    if any(key in MODEL_KEYS for key in changed):
+        raise InputError(
+            f"run folder {folder} was started with another {named}: resume with the same values, or choose another run.name"
+        )
+    if not config.data.reset_stream:
+        other_data = " (other shards, tokenizer or mixture)" if "data.shards" in changed else ""
+        raise InputError(
+            f"run folder {folder} was started with another {named}{other_data}: resume with the same values, choose another "
+            "run.name, or begin a new stream on purpose with data.reset_stream=true"
+        )
+    step, batch = trainer["step"], config.train.global_batch_size
+    before = position.consumed(step, _look_up(then, "train.global_batch_size"))
+    sample = 0 if any(key in BLOCK_KEYS for key in changed) else -(-before // batch) * batch
+    record = {"step": step, "sample_before": before, "sample": sample, "changed": changed}
+    return StreamPosition(step, sample, (*position.resets, record))
+
+
+def _look_up(values: dict[str, Any], key: str) -> Any:
+    """The value of a dotted key; None where an older config does not have it."""
+    found: Any = values
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found
