@@ -10,11 +10,14 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Optional
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from data import randomness
 
 PADDING_DOCUMENT = -1
 
@@ -99,12 +102,12 @@ def _stack(group: list[dict], pad_id: int) -> CompactBatch:
     for row, used in zip(tokens, length):
         row[used:] = pad_id
     masks = np.packbits(np.stack([s["mask"] for s in group]), axis=1)
-    bits = [masks, _bits(group, "prompt"), _bits(group, "borders")]
+    prompts, borders = _bits(group, "prompt"), _bits(group, "borders")
     return CompactBatch(
         tokens=tokens,
         mask_bits=masks,
-        prompt_bits=bits[1],
-        border_bits=bits[2],
+        prompt_bits=prompts,
+        border_bits=borders,
         length=length,
         t=np.array([s["t"] for s in group], np.float32),
         p_mask=np.array([s["p_mask"] for s in group], np.float32),
@@ -112,18 +115,31 @@ def _stack(group: list[dict], pad_id: int) -> CompactBatch:
         sample_ids=np.array([s["sample_id"] for s in group], np.int64),
         source=np.array([s.get("source", 0) for s in group], np.int16),
         bad_shard=np.array([s.get("bad_shard", -1) for s in group], np.int32),
-        digest=np.array([_digest(i, s, tokens, bits) for i, s in enumerate(group)], np.int64),
+        digest=_digests(group, tokens, masks, prompts, borders),
     )
 
 
-def _digest(i: int, sample: dict, tokens: np.ndarray, bits: list[Optional[np.ndarray]]) -> int:
-    """What was drawn and read for one sample, in one number that does not depend on the batch around it."""
-    numbers = (sample["sample_id"], sample["length"], sample["t"], sample["p_mask"], sample["dropped"])
-    found = zlib.crc32(tokens[i, : sample["length"]].data, zlib.crc32(struct.pack("<qqdd?", *numbers)))
-    for packed in bits:
-        if packed is not None and packed[i].any():
-            found = zlib.crc32(packed[i].data, found)
-    return found
+def _digests(group: list[dict], *arrays: Optional[np.ndarray]) -> np.ndarray:
+    """For each sample what was read and drawn for it, in one number that does not depend on the batch around it, int64 [B]."""
+    sums = [_row_sums(array).tolist() if array is not None else [0] * len(group) for array in arrays]
+    digests = []
+    for sample, *hashes in zip(group, *sums, strict=True):
+        numbers = (sample["sample_id"], sample["length"], sample["t"], sample["p_mask"], sample["dropped"])
+        digests.append(zlib.crc32(struct.pack("<qqdd?4Q", *numbers, *hashes)))
+    return np.array(digests, np.int64)
+
+
+def _row_sums(rows: np.ndarray) -> np.ndarray:
+    """A linear hash of each row's bytes modulo 2**64, uint64 [B]; 0 for a row of zeros."""
+    content = rows.view(np.uint8)
+    if content.shape[1] % 8:
+        content = np.pad(content, ((0, 0), (0, -content.shape[1] % 8)))
+    return content.view(np.uint64) @ _weights(content.shape[1] // 8)
+
+
+@lru_cache(maxsize=8)
+def _weights(count: int) -> np.ndarray:
+    return randomness.words(0, "digest", 0, count) | np.uint64(1)
 
 
 def _bits(group: list[dict], name: str) -> Optional[np.ndarray]:

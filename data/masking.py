@@ -49,14 +49,16 @@ def draw_mask(
     draw of a token depends on its position, not on what else is eligible.
     """
     t = noise.noise_level(options.seed, options.stream, sample_id, options.global_batch, options.t_sampling)
-    mask = np.zeros(size, bool)
     purpose = f"{options.stream}/mask"
     if options.masking == "bernoulli":
         p = noise.linear_mask_probability(t, options.eps)
-        mask[:length] = randomness.bernoulli(options.seed, purpose, sample_id, length, p)
+        mask = randomness.bernoulli(options.seed, purpose, sample_id, length, p)
+        if length < size:
+            mask = np.concatenate([mask, np.zeros(size - length, bool)])
         if prompt is not None:
             mask &= ~prompt
         return mask, t, p
+    mask = np.zeros(size, bool)
     eligible = np.arange(length) if prompt is None else np.flatnonzero(~prompt[:length])
     if not len(eligible):
         return mask, t, 1.0

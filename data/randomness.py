@@ -85,7 +85,19 @@ def _chances(seed: int, purpose: str, group: int, epoch: int) -> list[list[float
 
 
 def bernoulli(seed: int, purpose: str, index: int, count: int, probability: float, epoch: int = 0) -> np.ndarray:
-    """`count` independent booleans, true with `probability` (exact to 2**-32), shape [count]."""
-    raw = words(seed, purpose, index, (count + 1) // 2, epoch).view(np.uint32)[:count]
-    threshold = round(probability * 2.0**32)
-    return np.ones(count, bool) if threshold >= 2**32 else raw < np.uint32(max(threshold, 0))
+    """`count` independent booleans, true with `probability` (exact to 2**-48), shape [count].
+
+    16 bits decide, but where they equal the first 16 of the probability the next 32 do; those come from behind the first ones.
+    """
+    whole = round(probability * 2.0**48)
+    if not 0 < whole < 1 << 48:
+        return np.full(count, whole > 0)
+    first, rest = whole >> 32, whole & 0xFFFFFFFF
+    size = (count + 3) // 4
+    coarse = words(seed, purpose, index, size, epoch).view(np.uint16)[:count]
+    drawn = coarse < first
+    ties = np.flatnonzero(coarse == first)
+    if len(ties):
+        fine = words(seed, purpose, index, size + (len(ties) + 1) // 2, epoch)[size:].view(np.uint32)[: len(ties)]
+        drawn[ties] = fine < rest
+    return drawn

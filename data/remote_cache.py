@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import tempfile
 import time
@@ -134,7 +135,7 @@ class ShardCache:
                     path.unlink()
                     over -= taken
                 finally:
-                    os.close(lock)
+                    _release(lock)
         return over <= 0
 
     def _remove_leftovers(self) -> None:
@@ -145,7 +146,7 @@ class ShardCache:
                 try:
                     part.unlink(missing_ok=True)
                 finally:
-                    os.close(lock)
+                    _release(lock)
 
     @contextlib.contextmanager
     def _locked(self, path: Path, bound: float, who: str) -> Iterator[None]:
@@ -163,7 +164,14 @@ class ShardCache:
         try:
             yield
         finally:
-            os.close(lock)
+            _release(lock)
+
+
+def _release(lock: int) -> None:
+    """Closing alone would leave the lock with a child that was forked meanwhile and holds a copy of the descriptor."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_UN)
+    os.close(lock)
 
 
 def _files(folder: Path) -> Iterator[os.DirEntry]:

@@ -36,6 +36,7 @@ MOST_BYTES = 1 << 50  # of one shard; keeps every sum of the index far from the 
 # A network file system answers one question in about a millisecond, but many at the same time: then threads help. Where a file
 # is at hand in microseconds they would only be in each other's way.
 CHECKS_AT_ONCE, SLOW_SECONDS, FEW_SHARDS = 16, 5e-4, 32
+WORTH_A_THREAD = 64 << 20  # bytes to hash; hashing lets other threads run
 
 
 def check_tokenizer(folder: Path, manifest: Manifest) -> None:
@@ -205,13 +206,17 @@ def check_shards(
 
     numbers = range(len(manifest.shards))
     begun = time.monotonic()
-    results = list(map(check, numbers[:FEW_SHARDS]))
-    rest = numbers[FEW_SHARDS:]
-    if rest and depth != "full" and time.monotonic() - begun > FEW_SHARDS * SLOW_SECONDS:
-        with concurrent.futures.ThreadPoolExecutor(CHECKS_AT_ONCE) as pool:
-            results += pool.map(check, rest)
+    few = FEW_SHARDS if depth != "full" else 0
+    results = list(map(check, numbers[:few]))
+    if depth == "full":
+        threads = len(os.sched_getaffinity(0)) if sum(s.bytes for s in manifest.shards) > WORTH_A_THREAD else 1
     else:
-        results += map(check, rest)
+        threads = CHECKS_AT_ONCE if time.monotonic() - begun > FEW_SHARDS * SLOW_SECONDS else 1
+    if threads > 1 and len(numbers) > few + 1:
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            results += pool.map(check, numbers[few:])
+    else:
+        results += map(check, numbers[few:])
     return [stamp for stamp, _ in results], {n: fault for n, (_, fault) in zip(numbers, results) if fault}
 
 

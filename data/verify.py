@@ -51,7 +51,8 @@ def verify_set(
 ) -> VerifyReport:
     """Check every file of a set against its manifest and every chunk against the format; all faults are in the report.
 
-    processes: 0 is one per core. `on_fault` is called with each fault as soon as it is found. Raises InputError when there is no manifest to check against.
+    processes: 0 is one per core. `on_fault` is called with each fault as soon as it is found. Raises
+    InputError when there is no manifest to check against.
     """
     show = progress or ByteProgress(False)
     source: ShardSource

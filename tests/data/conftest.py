@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import data.remote_fetch
 from data.chunk_index import write_set_index
 from data.manifest import TOKENIZER_FILE, TOTALS, Manifest, SourceCount
 from data.shard_writer import ShardWriter
 from data.tokenizer import TextTokenizer, prepare_tokenizer
+from tests.data.fault_server import FaultServer
 from tests.data.small_corpus import make_text
 
 
@@ -79,3 +81,23 @@ def documents(tokenizer: TextTokenizer) -> list[np.ndarray]:
     lengths[5], lengths[30], lengths[59] = 173, 100, 51
     eos = tokenizer.special.eos
     return [np.append(rng.integers(eos + 1, 300, size=n - 1), eos).astype(np.uint32) for n in lengths]
+
+
+@pytest.fixture
+def folder(write_set: Callable[..., Path], documents: list[np.ndarray]) -> Path:
+    return write_set(documents)
+
+
+@pytest.fixture
+def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultServer]:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(data.remote_fetch, "FIRST_PAUSE", 0.01)
+    server = FaultServer(folder)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def flat(documents: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(documents)

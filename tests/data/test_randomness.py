@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 
 import numpy as np
+import pytest
 
 from data import randomness
 
@@ -58,3 +59,26 @@ def test_threads_do_not_disturb_each_other():
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda i: randomness.words(0, "x", i % 40, 50).tolist(), range(2000)))
     assert all(words == expected[i % 40] for i, words in enumerate(found))
+
+
+@pytest.mark.parametrize("probability", [0.001, 0.3, 1 / 3, 0.5, 1 - 2**-20, 5 / 65536])
+def test_bernoulli_draws_are_the_comparison_of_48_bits_with_the_probability(probability):
+    """Against the definition, digit by digit; 3 * 2**16 draws meet the tie of the first 16 bits about three times."""
+    count = 3 << 16
+    drawn = randomness.bernoulli(1, "b", 9, count, probability)
+    size = count // 4
+    coarse = randomness.words(1, "b", 9, size).view(np.uint16).astype(np.int64)
+    whole = round(probability * 2**48)
+    ties = np.flatnonzero(coarse == whole >> 32)
+    fine = randomness.words(1, "b", 9, size + count)[size:].view(np.uint32)
+    number = coarse << 32
+    number[ties] += fine[: len(ties)]
+    expected = number < whole
+    assert np.array_equal(drawn, expected)
+    assert abs(drawn.mean() - probability) < 5 * (probability * (1 - probability) / count) ** 0.5 + 1e-12
+
+
+def test_bernoulli_at_the_ends():
+    assert not randomness.bernoulli(0, "b", 0, 100, 0.0).any() and randomness.bernoulli(0, "b", 0, 100, 1.0).all()
+    tie = randomness.bernoulli(1, "b", 9, 3 << 16, 0.3)
+    assert len(tie) == 3 << 16

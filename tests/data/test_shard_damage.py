@@ -200,7 +200,14 @@ def test_each_verify_depth_finds_what_it_promises(
 ) -> None:
     good = write_set(documents)
     offset = int(np.load(good / "shard-000001.index.npy")[1, -1])
-    places = {"payload": offset, "tar header": offset - 128 - 512, "npy header": offset - 120, "end": -1}
+    shape = (good / "shard-000001.tar").read_bytes().index(b"'shape': (", offset - 128) + len("'shape': (")
+    places = {
+        "payload": offset,
+        "tar header": offset - 128 - 512,
+        "npy header": offset - 120,
+        "npy shape": shape,
+        "end": -1,
+    }
     monkeypatch.setattr(data.shard_set, "FULL_CHECK_BYTES", 0)  # so that auto stands for a large set
     found = {}
     for damage, place in places.items():
@@ -215,7 +222,13 @@ def test_each_verify_depth_finds_what_it_promises(
                 assert "shard-000001.tar" in str(error)
                 found[damage].add(verify)
     headers = {"auto", "full"}
-    assert found == {"payload": {"full"}, "tar header": headers, "npy header": headers, "end": {"full"}}
+    assert found == {
+        "payload": {"full"},
+        "tar header": headers,
+        "npy header": headers,
+        "npy shape": headers,
+        "end": {"full"},
+    }
 
 
 def test_an_id_outside_the_vocabulary_is_refused_when_read_and_named(
