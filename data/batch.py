@@ -98,6 +98,8 @@ def collate(samples: Iterable[dict], size: int, pad_id: int) -> Iterator[Compact
 
 def _stack(group: list[dict], pad_id: int) -> CompactBatch:
     tokens = np.stack([s["tokens"] for s in group])
+    if pad_id > np.iinfo(tokens.dtype).max:  # samples that could not be read know nothing of the vocabulary
+        tokens = tokens.astype(np.uint32)
     length = np.array([s["length"] for s in group], np.int32)
     for row, used in zip(tokens, length):
         row[used:] = pad_id

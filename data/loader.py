@@ -125,10 +125,18 @@ def _load(blocks: Blocks, indices: Callable, options: StageOptions, micro_batch:
         multiprocessing_context="forkserver" if workers else None,
         timeout=WAIT_SECONDS if workers else 0,
     )
-    for batch in loader:
-        if isinstance(batch, _Fault):
-            raise InputError(batch.message)
-        yield batch
+    try:
+        for batch in loader:
+            if isinstance(batch, _Fault):
+                raise InputError(batch.message)
+            yield batch
+    except RuntimeError as error:
+        if "timed out" not in str(error):
+            raise
+        raise InputError(
+            f"data: the loader's workers gave nothing for {WAIT_SECONDS:.0f} s: the storage of the shards (or the way to it) is "
+            "too slow or hangs; use more data.workers, a data.shuffle_window, or a copy nearer by"
+        ) from error
 
 
 def training_batches(

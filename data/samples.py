@@ -8,6 +8,7 @@ source     int, which source of a mixture           bad_shard   int, only where 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ import numpy as np
 from torch.utils.data import get_worker_info
 
 from data.chunk_index import PADDING
-from data.errors import ShardError
+from data.errors import InputError, ShardError
 from data.shard_writer import clip_spans
 from data.stream import NO_SPANS, Block
 
@@ -56,12 +57,22 @@ class BlockReader:
             try:
                 sample = sample_of(g, self.blocks.block(g), size, self.isolate, self.eos_in_loss)
             except ShardError as error:
-                if not self.skip_bad_shards:
+                if not self.skip_bad_shards or _disk_is_full(error):
                     raise
                 nothing = np.zeros(size, np.uint16)
                 source, _ = self.blocks.source(g)
                 sample = {"sample_id": g, "tokens": nothing, "length": 0, "source": source, "bad_shard": error.shard}
             yield {"__key__": f"{g:012d}", **sample}
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    """Whether it failed for want of space here (a cache): that says nothing about the shard."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
 
 
 def sample_of(sample_id: int, block: Block, size: int, isolate: bool = False, eos_in_loss: bool = False) -> dict:
@@ -78,13 +89,15 @@ def sample_of(sample_id: int, block: Block, size: int, isolate: bool = False, eo
     sample: dict[str, Any] = {"sample_id": sample_id, "tokens": tokens, "length": length, "source": block.source}
     padding = 0
     if len(block.spans):
-        prompt = np.zeros(size, bool)
+        prompt, padded = np.zeros(size, bool), np.zeros(size, bool)
         for start, count, kind in block.spans.tolist():
-            if kind == PADDING:
-                padding += count
-            else:
-                prompt[start : start + count] = True
-        sample["prompt"] = prompt
+            (padded if kind == PADDING else prompt)[start : start + count] = True
+        sample["prompt"], padding = prompt, int(padded.sum())
+        if padding and not padded[length - padding : length].all():
+            raise InputError(
+                f"sample {sample_id}: padding in the middle of a sample: rows of whole documents need a sequence length that is "
+                "the rows' (row_tokens in manifest.json)"
+            )
     if not eos_in_loss:
         sample["length"] -= padding
     if isolate:
@@ -97,12 +110,18 @@ def sample_of(sample_id: int, block: Block, size: int, isolate: bool = False, eo
 
 
 def blocks_of_chunks(
-    samples: Iterable[dict], sequence_length: int, isolate: bool = False, eos_in_loss: bool = False
+    samples: Iterable[dict],
+    sequence_length: int,
+    isolate: bool = False,
+    eos_in_loss: bool = False,
+    epoch: int = 0,
+    name: str = "",
 ) -> Iterator[dict]:
     """A stage for plain `webdataset.WebDataset(tars).decode()`: cuts each chunk of a tar into samples of `sequence_length` tokens.
 
-    The last one of a chunk is shorter. Sample ids follow from the chunk's key, so draws do not depend on the order of
-    reading; with them noise levels are independent (t_sampling `iid`).
+    The last one of a chunk is shorter. Sample ids follow from `name` (tell sets apart by it), `epoch` (count it, else masks
+    repeat) and the chunk's key, so draws do not depend on the order of reading; with them noise levels are independent
+    (t_sampling `iid`). A set of rows needs its own row_tokens as `sequence_length`.
     """
     for chunk in samples:
         tokens, spans = chunk["tok.npy"], chunk.get("spans.npy", NO_SPANS)
@@ -111,7 +130,7 @@ def blocks_of_chunks(
             part = tokens[first : first + sequence_length]
             inside = starts[(starts >= first) & (starts < first + len(part))] - first
             key = f"{chunk['__key__']}/{first}"
-            digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+            digest = hashlib.blake2b(f"{name}/{epoch}/{key}".encode(), digest_size=8).digest()
             block = Block(part, inside, clip_spans(spans, first, len(part)))
             sample_id = int.from_bytes(digest, "little") >> 1
             yield {"__key__": key, **sample_of(sample_id, block, sequence_length, isolate, eos_in_loss)}

@@ -11,6 +11,7 @@ segments are longer and blocks are permuted inside windows only: a stretch of th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
@@ -36,6 +37,7 @@ class TokenStore(Protocol):
     def read_pieces(self, start: int, count: int) -> np.ndarray: ...
     def read_spans(self, start: int, count: int) -> np.ndarray: ...
     def shards_of(self, start: int, count: int) -> list[int]: ...
+    def prefetch(self, shards: Sequence[int]) -> None: ...
 
 
 class Block(NamedTuple):
@@ -79,6 +81,7 @@ class BlockStream:
         self._window_blocks = -(-window // sequence_length)
         self._segments = -(-store.tokens // self._segment)
         self._short_by = self._segments * self._segment - store.tokens
+        self._in_window = -1  # the first block of the window last read from
         # Two epochs meet inside one block, so two or more permutations are alive at once; each is a few integers.
         self._segment_order = lru_cache(maxsize=8)(self._make_segment_order)
         self._block_order = lru_cache(maxsize=8)(self._make_block_order)
@@ -103,7 +106,15 @@ class BlockStream:
         return {self.sources[0]: g * self.sequence_length / self.store.tokens}
 
     def block(self, g: int) -> Block:
-        """The g-th block. Raises what the store raises for data that cannot be read."""
+        """The g-th block. Raises what the store raises for data that cannot be read.
+
+        With a window the store is told which shards the next one needs, as soon as the first block of this one is read.
+        """
+        if self._window_blocks:
+            first, order = self._window_of(g)
+            if first != self._in_window:
+                self._in_window = first
+                self.store.prefetch(self._shards_between(first + order.size, self._window_blocks))
         return read_block(self.store, self.ranges(g), self.borders)
 
     def ranges(self, g: int) -> list[tuple[int, int]]:
@@ -114,6 +125,11 @@ class BlockStream:
     def shards_of(self, g: int) -> set[tuple[int, int]]:
         """The shards that block g lies in: (number of the source, number of the shard)."""
         return {(0, shard) for start, count in self.ranges(g) for shard in self.store.shards_of(start, count)}
+
+    def _shards_between(self, block: int, count: int) -> list[int]:
+        """The shards that `count` places of the unshuffled stream lie in, from place `block` on, in the order of first use."""
+        ranges = self._ranges(block * self.sequence_length, min(count * self.sequence_length, self.store.tokens))
+        return list(dict.fromkeys(shard for start, n in ranges for shard in self.store.shards_of(start, n)))
 
     def _window_of(self, g: int) -> tuple[int, Permutation]:
         """The first block among those that g is shuffled with, and their order."""

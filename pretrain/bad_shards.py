@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from data.batch import CompactBatch
-from data.errors import InputError
+from data.errors import InputError, ShardError
 from data.mixture import Mixture
 from data.stream import BlockStream
 from parallel.mesh import Mesh
@@ -47,7 +47,11 @@ class BadShards:
         for entry in saved:
             if (shard := self._find(entry)) is not None:
                 self._since[shard], self._why[shard] = entry["step"], entry["reason"]
-        if self.limit:
+                self._say(
+                    f"going on without {self._data.file_of(shard)}, bad since step {entry['step']}: {entry['reason']} "
+                    "(so the checkpoint says; mended or not, it stays out of this run)"
+                )
+        if self.limit or self._since:
             self._agree(step, self._data.bad())
 
     def settle(self, step: int, batches: Sequence[CompactBatch]) -> list[CompactBatch]:
@@ -67,7 +71,7 @@ class BadShards:
         if self._mesh.world_size > 1:
             dist.all_reduce(anywhere, dist.ReduceOp.MAX)
         if int(anywhere):
-            self._agree(step, dict.fromkeys(fresh, "cannot be read"))
+            self._agree(step, {shard: self._reason(shard, batches) for shard in fresh})
         return self._without(batches) if self._since else list(batches)
 
     def saved(self) -> list[dict[str, Any]]:
@@ -76,6 +80,7 @@ class BadShards:
             {
                 "source": self._data.names[source],
                 "shard": self._data.sets[source].shards[number].file,
+                "sha256": self._data.sets[source].shards[number].sha256,
                 "reason": self._why[source, number],
                 "step": step,
             }
@@ -83,11 +88,23 @@ class BadShards:
         ]
 
     def _find(self, entry: dict[str, Any]) -> Shard | None:
-        for source, (name, one) in enumerate(zip(self._data.names, self._data.sets)):
+        """The shard with the content that the entry names, wherever it lies now."""
+        for source, one in enumerate(self._data.sets):
             for number, shard in enumerate(one.shards):
-                if (name, shard.file) == (entry["source"], entry["shard"]):
+                if shard.sha256 == entry["sha256"]:
                     return source, number
         return None
+
+    def _reason(self, shard: Shard, batches: Sequence[CompactBatch]) -> str:
+        """What is wrong with a shard that a worker could not read: asked again, since a worker ships no words."""
+        for batch in batches:
+            for g, source, number in zip(batch.sample_ids, batch.source, batch.bad_shard):
+                if (int(source), int(number)) == shard:
+                    try:
+                        self._blocks.block(int(g))
+                    except ShardError as error:
+                        return error.reason
+        return "could not be read for a while"
 
     def _agree(self, step: int, found: dict[Shard, str]) -> None:
         everyone: list[Any] = [found]

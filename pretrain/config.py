@@ -74,7 +74,8 @@ class DataConfig:
     """What the model reads.
 
     Args:
-        shards: folder or address of the training set (manifest.json, tars), made by `prepare`; or a list of sources.
+        shards: folder or address of the training set (manifest.json, tars), made by `prepare`; or a list of sources, each with
+            `path` and perhaps `weight`, `epochs`, `name`.
         val_shards: folder or address of the validation set.
         sequence_length: tokens in a block.
         shuffle_window: tokens shuffled among each other (0: the whole set); small for network and remote storage.
@@ -94,7 +95,7 @@ class DataConfig:
         cache_gib: most space they take there.
     """
 
-    shards: Union[str, list[SourceConfig]] = ""
+    shards: Union[str, list[dict[str, Union[str, float, None]]]] = ""
     val_shards: str = ""
     sequence_length: int = 256
     shuffle_window: int = 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.batch import collate, expand
+from data.batch import DiffusionBatch, collate, expand
 from data.errors import InputError
 from data.inspect_sample import render_sample
 from data.loader import stages
@@ -19,6 +19,8 @@ from data.tokenizer import load_tokenizer
 from pretrain.config import Config
 from pretrain.load_config import load_config
 from pretrain.training_data import stage_options
+
+MOST_COUNTED = 1024  # samples
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,29 @@ def training_config(view: View, location: str) -> Config:
     return load_config([*given, "--data.shards", location])
 
 
+def training_shards(view: View) -> list:
+    """The sources that the config itself names."""
+    if not view.config:
+        return []
+    shards = load_config(["--config", view.config]).data.shards
+    return [shards] if isinstance(shards, str) else shards
+
+
+def masked_by_noise(drawn: DiffusionBatch, samples: int) -> list[str]:
+    """How much of what may be masked is masked, by tenths of the noise level, beside what is expected."""
+    lines = [f"masked by noise level t, of all {samples} samples (expected: the mean of p over their tokens)"]
+    tenth = (drawn.t * 10).long().clamp(max=9)
+    for k in range(10):
+        here = drawn.eligible & (tenth == k)
+        if tokens := int(here.sum()):
+            rate, expected = float(drawn.masked[here].float().mean()), float(drawn.p_mask[here].double().mean())
+            bar = "█" * round(40 * rate)
+            lines.append(
+                f"  {k / 10:.1f} - {(k + 1) / 10:.1f}  {rate:6.1%} ({expected:6.1%})  of {tokens:>9,} tokens  {bar}"
+            )
+    return lines
+
+
 def batch_lines(shards: ShardSet, view: View, width: int, colour: bool) -> list[str]:
     """The samples, drawn by the stages of training. Raises InputError for numbers that make no sense."""
     config = training_config(view, shards.location)
@@ -47,24 +72,35 @@ def batch_lines(shards: ShardSet, view: View, width: int, colour: bool) -> list[
     if view.step < 0:
         raise InputError(f"--step {view.step}: steps count from 0")
     size = shards.row_tokens or config.data.sequence_length
+    if size < 1 or batch < 1 or not 0 < config.objective.eps < 1:
+        raise InputError(
+            f"--config {view.config}: data.sequence_length, train.global_batch_size or objective.eps makes no sense"
+        )
     stream = BlockStream(shards, size, config.run.seed, window=config.data.shuffle_window, borders=True)
     options = stage_options(config)
     tokenizer = load_tokenizer(Path(shards.tokenizer_path), special=shards.special)
     first = view.step * batch
-    blocks = {g: stream.block(g) for g in range(first, first + view.count)}
+    counted = max(view.count, min(batch, MOST_COUNTED))
+    blocks = {g: stream.block(g) for g in range(first, first + counted)}
     samples: Iterable[dict] = [
         sample_of(g, block, size, options.isolate, options.eos_in_loss) for g, block in blocks.items()
     ]
     for stage in stages(options):
         samples = stage(samples)
-    compact = next(collate(samples, view.count, shards.special.pad))
+    compact = next(collate(samples, counted, shards.special.pad))
     drawn = expand(compact, shards.special.mask, config.objective.weighting)
     prompt = ~drawn.eligible & (drawn.document_ids >= 0)
-    said = [
+    said = []
+    if len(mixed := training_shards(view)) > 1:
+        said.append(
+            f"note: the config mixes {len(mixed)} sources; shown is this set as a run on it alone would read it"
+        )
+    said += [
         f"step {view.step}, samples {first} to {first + view.count - 1} of {batch}, {size} tokens, packing {config.data.packing}, "
         f"seed {config.run.seed}"
     ]
-    for i, (g, block) in enumerate(blocks.items()):
+    said += ["", *masked_by_noise(drawn, counted)]
+    for i, (g, block) in enumerate(list(blocks.items())[: view.count]):
         text = render_sample(
             block.tokens.astype(np.int64),
             drawn.masked[i].numpy(),

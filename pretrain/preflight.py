@@ -26,7 +26,9 @@ from pretrain.load_config import to_dict
 from pretrain.lr_schedule import check_schedule
 from pretrain.model import model_shape, parallel_layout
 from pretrain.stream_position import StreamPosition, go_on
-from pretrain.training_data import TrainingData, open_set, open_training_data
+from pretrain.training_data import TrainingData, check_enough, open_set, open_training_data
+
+VERIFIED_BYTES_A_SECOND = 100e6  # of one process that hashes, on a slow disk
 
 
 @dataclass
@@ -64,15 +66,21 @@ def preflight(config: Config) -> Plan:
     check_schedule(config)
     # One process per host reads every byte; the others look at sizes and headers.
     verify = config.data.verify if local_rank == 0 else "size"
+    if verify == "full" and world > 1:
+        _check_verify(config, open_training_data(config, "size"))
     data = open_training_data(config, verify)
     val_set = open_set("data.val_shards", config.data.val_shards, verify, config) if config.data.val_shards else None
+    if config.train.sample_every and config.data.max_bad_shards and val_set is None:
+        raise InputError(
+            "train.sample_every would take samples from data.shards, which data.max_bad_shards lets be bad: name data.val_shards"
+        )
     if config.train.validate_every and val_set is None:
         raise InputError(
             "data.val_shards is empty but train.validate_every is set: name a folder or set train.validate_every=0"
         )
     if val_set and val_set.manifest.tokenizer_sha256 != data.first.manifest.tokenizer_sha256:
         raise InputError(
-            f"data.val_shards ({config.data.val_shards}) was made with another tokenizer than data.shards "
+            f"data.val_shards ({val_set.location}) was made with another tokenizer than data.shards "
             f"({data.first.location}): prepare both together"
         )
     _check_apex(config)
@@ -86,6 +94,7 @@ def preflight(config: Config) -> Plan:
             _check_readable(resume_from, shape)
     elif config.train.init_from:
         _check_init(config, Path(config.train.init_from))
+    check_enough(config, data, position.consumed(config.train.steps, config.train.global_batch_size))
     return Plan(
         folder,
         shape,
@@ -155,7 +164,7 @@ def _check_values(config: Config) -> None:
             ">= 0 (0 = the whole set)",
         ),
         ("data.max_bad_shards", config.data.max_bad_shards, config.data.max_bad_shards >= 0, not_negative),
-        ("data.cache_gib", config.data.cache_gib, config.data.cache_gib > 0, positive),
+        ("data.cache_gib", config.data.cache_gib, 0 < config.data.cache_gib < 1e9, "in (0, 1e9)"),
         ("data.workers", config.data.workers, config.data.workers >= 0, not_negative),
         (
             "objective.eps",
@@ -180,6 +189,17 @@ def _check_values(config: Config) -> None:
         raise InputError(
             "config: data.cfg_dropout is set but there is no condition to drop: set data.cfg_condition=prefix, or spans "
             "if the shards hold prompts"
+        )
+
+
+def _check_verify(config: Config, data: TrainingData) -> None:
+    """InputError if the other ranks would not wait for the one of each host that reads everything."""
+    size = sum(shard.bytes for one in data.sets for shard in one.shards)
+    if size > VERIFIED_BYTES_A_SECOND * config.parallel.timeout_seconds:
+        raise InputError(
+            f"data.verify is full, but reading {size / 1e9:.0f} GB takes longer than the other ranks wait "
+            f"(parallel.timeout_seconds {config.parallel.timeout_seconds}): run `python -m pretrain data verify` once, then set "
+            "data.verify=auto"
         )
 
 

@@ -106,6 +106,8 @@ class _Run:
         self.stop = min(config.train.stop_at or config.train.steps, config.train.steps)
         self.engine = engine_for(config, plan, mesh)
         self.step, self.applied = self._restore()  # steps taken (= samples consumed / global batch), updates applied
+        batch_tokens = config.train.global_batch_size * config.data.sequence_length
+        self.tokens = plan.trainer.get("tokens", self.step * batch_tokens)  # of all steps, whatever their batches
         self.skipped_in_a_row = 0
         self.log: Optional[MetricLog] = None
         self.shipper: Optional[Shipper] = None
@@ -122,7 +124,8 @@ class _Run:
                 isolate=config.data.packing == "isolate",
                 eos_in_loss=config.data.pad_policy == "eos_in_loss",
             )
-        self.unigram_entropy = self.validation.unigram_entropy() if self.validation else 0.0
+        # Reads all of the validation blocks: once, for who reports it.
+        self.unigram_entropy = self.validation.unigram_entropy() if self.validation and mesh.rank == 0 else 0.0
         self.display = TrainingDisplay(mesh.rank == 0, self.step, self.stop, config.train.log_every)
         self.saving = Saving(
             self.folder / "checkpoints",
@@ -229,10 +232,11 @@ class _Run:
     def _record(self, metrics: dict[str, float], eligible: int, masked: int, pairs: int, seconds: float) -> None:
         config = self.config
         tokens = config.train.global_batch_size * config.data.sequence_length
+        self.tokens += tokens
         metrics |= {
             "train/applied_steps": self.applied,
             "train/skipped_in_a_row": self.skipped_in_a_row,
-            "train/tokens": self.step * tokens,
+            "train/tokens": self.tokens,
             "perf/step_time": seconds,
             "perf/tokens_per_second": tokens / seconds,
         }
@@ -257,6 +261,7 @@ class _Run:
         """What the loop needs to go on, beside the engine's state."""
         return {
             "applied_steps": self.applied,
+            "tokens": self.tokens,
             **self.feed.saved(self.step),
             "config": to_dict(self.config),
             "special": asdict(self.special),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
-from typing import Literal, Optional
+import math
+import re
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Optional
 
 from data.errors import InputError
 from data.loader import StageOptions
@@ -14,6 +16,7 @@ from data.mixture import Ingredient, Mixture
 from data.shard_set import ShardSet
 from data.stream import BlockStream
 from pretrain.config import Config, SourceConfig
+from pretrain.load_config import shown
 
 Verify = Literal["auto", "full", "size"]
 Shard = tuple[int, int]  # number of the source, number of the shard in its set
@@ -69,15 +72,13 @@ class TrainingData:
 def open_training_data(config: Config, verify: Verify) -> TrainingData:
     """Opens and checks data.shards. Raises InputError with the key and the source that is wrong."""
     given = config.data.shards
-    sources = [SourceConfig(path=given)] if isinstance(given, str) else list(given)
-    if not sources:
-        raise InputError("data.shards is empty: name a folder made by `python -m pretrain prepare`")
+    sources = _sources(given)
     key = "data.shards" if isinstance(given, str) else "data.shards[{}]"
     sets = tuple(
         open_set(key.format(number), source.path, verify, config, config.data.max_bad_shards)
         for number, source in enumerate(sources)
     )
-    names = tuple(source.name or _name_of(source.path) for source in sources)
+    names = tuple(source.name or name_of(source.path) for source in sources)
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"data.shards: two sources are called {name!r}: give them a `name` each")
@@ -88,14 +89,11 @@ def open_training_data(config: Config, verify: Verify) -> TrainingData:
             "counts by its tokens)"
         )
     shares = tuple(float(one.tokens) if weight is None else float(weight) for one, weight in zip(sets, weights))
-    for number, source in enumerate(sources):
-        if source.epochs is not None and not source.epochs > 0:
-            raise InputError(f"data.shards[{number}].epochs is {source.epochs}: it must be > 0 (none: without end)")
     for number, one in enumerate(sets):
         if one.manifest.tokenizer_sha256 != sets[0].manifest.tokenizer_sha256:
             raise InputError(
-                f"data.shards[{number}] ({sources[number].path}) was made with another tokenizer than data.shards[0] "
-                f"({sources[0].path}): prepare them with the same one (--tokenizer)"
+                f"data.shards[{number}] ({one.location}) was made with another tokenizer than data.shards[0] "
+                f"({sets[0].location}): prepare them with the same one (--tokenizer)"
             )
     found = TrainingData(names, sets, shares, tuple(source.epochs for source in sources))
     if len(found.bad()) > config.data.max_bad_shards:
@@ -157,11 +155,46 @@ def fingerprint(shards: ShardSet) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _name_of(path: str) -> str:
-    """A source's name from its path: the folder's, or for .../NAME/train the folder above."""
-    parts = [part for part in path.rstrip("/").split("/") if part]
+def _sources(given: str | list[dict[str, Any]]) -> list[SourceConfig]:
+    """The entries of data.shards, checked by hand: what reads the config must not build classes that it names."""
+    if isinstance(given, str):
+        if given.lstrip().startswith(("[", "{")):
+            raise InputError(f"data.shards: {given[:80]!r} is no list of sources; {_ENTRY}")
+        return [SourceConfig(path=given)]
+    if not given:
+        raise InputError("data.shards is empty: name a folder made by `python -m pretrain prepare`")
+    found = []
+    for number, entry in enumerate(given):
+        where = f"data.shards[{number}]"
+        if unknown := sorted(entry.keys() - {f.name for f in fields(SourceConfig)}):
+            raise InputError(f"{where}: unknown key {unknown[0]}; {_ENTRY}")
+        if not isinstance(entry.get("path"), str):
+            raise InputError(f"{where} has no path; {_ENTRY}")
+        name = entry.get("name") or ""
+        # What a tracker takes as part of a metric's name.
+        if not isinstance(name, str) or not re.fullmatch(r"[\w .:/-]*", name):
+            raise InputError(f"{where}.name is {name!r}: letters, digits, spaces and . : / _ - are allowed")
+        numbers = {}
+        for key in ("weight", "epochs"):
+            value = entry.get(key)
+            if value is not None and (isinstance(value, (str, bool)) or not math.isfinite(value)):
+                raise InputError(f"{where}.{key} is {value!r}: it must be a number (leave it out: {_LEFT_OUT[key]})")
+            numbers[key] = value
+        if numbers["epochs"] is not None and not numbers["epochs"] > 0:
+            raise InputError(f"{where}.epochs is {numbers['epochs']}: it must be > 0 (leave it out: without end)")
+        found.append(SourceConfig(entry["path"], name=name, **numbers))
+    return found
+
+
+_ENTRY = "a source is {path: FOLDER, weight: NUMBER, epochs: NUMBER, name: WORD}, all but path may be left out"
+_LEFT_OUT = {"weight": "by its tokens, like all others", "epochs": "without end"}
+
+
+def name_of(path: str) -> str:
+    """A source's name from its path or address: the last folder's, or for .../NAME/train the one above."""
+    parts = [part for part in shown(path).rstrip("/").split("/") if part]
     name = parts[-1] if parts else path
-    return parts[-2] if name == "train" and len(parts) > 1 else name
+    return re.sub(r"[^\w .:/-]", "_", parts[-2] if name == "train" and len(parts) > 1 else name)
 
 
 def _check_blocks(config: Config, found: TrainingData) -> None:
@@ -175,21 +208,19 @@ def _check_blocks(config: Config, found: TrainingData) -> None:
         raise InputError(
             "data.pad_policy is eos_in_loss but data.shards has no padding: only sets of rows have (prepare --row_tokens)"
         )
-    for one in found.sets:
-        if (
-            "://" in one.location
-            and not data.shuffle_window
-            and sum(s.bytes for s in one.shards) > data.cache_gib * 2**30
-        ):
-            raise InputError(
-                f"data.shards: {one.location} is remote and larger than data.cache_gib={data.cache_gib:g}: every block would "
-                "fetch a whole shard; set data.shuffle_window (tokens shuffled among each other, say 64000000), or a larger cache"
-            )
+    remote = {one.location: sum(s.bytes for s in one.shards) for one in found.sets if "://" in one.location}
+    if remote and not data.shuffle_window and sum(remote.values()) > data.cache_gib * 2**30:
+        raise InputError(
+            f"data.shards: {', '.join(remote)}: remote, and together larger than data.cache_gib={data.cache_gib:g}: every block "
+            "would fetch a whole shard; set data.shuffle_window (tokens shuffled among each other, say 64000000), or a larger cache"
+        )
+
+
+def check_enough(config: Config, found: TrainingData, consumed: int) -> None:
+    """InputError if capped sources end before the run does. consumed: samples read at its end (StreamPosition.consumed)."""
     blocks = found.blocks(config)
-    if isinstance(blocks, Mixture) and blocks.total is not None:
-        needed = config.train.steps * config.train.global_batch_size
-        if needed > blocks.total:
-            raise InputError(
-                f"data.shards: with these `epochs` the sources give {blocks.total} samples, train.steps x "
-                f"train.global_batch_size needs {needed}: raise or drop an `epochs`, or train fewer steps"
-            )
+    if isinstance(blocks, Mixture) and blocks.total is not None and consumed > blocks.total:
+        raise InputError(
+            f"data.shards: with these `epochs` the sources give {blocks.total} samples, the run ends behind sample {consumed} "
+            "(train.steps, train.global_batch_size): raise or drop an `epochs`, or train fewer steps"
+        )

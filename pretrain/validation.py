@@ -99,7 +99,7 @@ class Validation:
                 )
             )
         loss, tokens, loss2, cross, tokens2, blocks = sum_over_ranks(sums, engine.mesh).tolist()
-        nelbo = loss / tokens
+        nelbo = loss / tokens if tokens else math.nan  # nan: prompts alone
         if blocks < 2:  # one block says nothing about how blocks differ
             return {"val/nelbo": nelbo, "val/nelbo_se": math.nan, "val/ppl_bound": math.exp(min(nelbo, 700.0))}
         residual = max(loss2 - 2 * nelbo * cross + nelbo**2 * tokens2, 0.0)

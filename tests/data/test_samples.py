@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+
 import numpy as np
 import pytest
 
 from data.batch import collate, expand
 from data.cfg_dropout import no_dropout
+from data.errors import InputError, ShardError
 from data.masking import MaskingOptions, masking
-from data.samples import blocks_of_chunks, sample_of
+from data.samples import BlockReader, blocks_of_chunks, sample_of
 from data.stream import Block
 
 SIZE, PAD, MASK = 16, 1, 0
@@ -111,3 +114,47 @@ def test_the_digest_of_a_sample_changes_with_everything_it_read_or_drew_and_with
     assert len(set(digests)) == len(digests)
     beside = next(collate([{**base, "tokens": flipped(base["tokens"], 12), "source": 3}, base, base], 3, PAD))
     assert set(beside.digest.tolist()) == {digests[-1]}, "not padding, not the batch around it"
+
+
+def test_padding_in_the_middle_of_a_sample_is_refused():
+    block = Block(ROW.tokens, ROW.borders, np.array([[4, 3, 2]], np.int32))
+    with pytest.raises(InputError, match="padding in the middle"):
+        sample_of(0, block, SIZE)
+
+
+def test_a_microbatch_of_nothing_but_lost_samples_takes_any_pad_id():
+    """Their tokens are zeros of the narrow type, LLaDA's pad id is 126081."""
+    lost = {"sample_id": 0, "tokens": np.zeros(SIZE, np.uint16), "length": 0, "bad_shard": 3}
+    compact = next(collate(no_dropout(masking([lost, lost], MaskingOptions(0, 2))), 2, 126081))
+    b = expand(compact, MASK)
+    assert (b.target_ids == 126081).all() and not b.eligible.any() and compact.bad_shard.tolist() == [3, 3]
+
+
+def test_another_epoch_or_set_of_a_plain_pipeline_draws_anew():
+    chunk = {"__key__": "0-0", "tok.npy": np.arange(40, dtype=np.uint16), "lens.npy": np.array([40], np.int32)}
+    ids = [
+        [s["sample_id"] for s in blocks_of_chunks([chunk], SIZE, epoch=epoch, name=name)]
+        for epoch, name in ((0, ""), (1, ""), (0, "code"))
+    ]
+    assert len({i for some in ids for i in some}) == 9
+
+
+def test_a_full_disk_of_ours_is_no_fault_of_the_shard():
+    class Blocks:
+        sequence_length = SIZE
+
+        def __init__(self, cause):
+            self.cause = cause
+
+        def source(self, g):
+            return 0, g
+
+        def block(self, g):
+            raise ShardError("shard 2: cannot be read", 2) from self.cause
+
+    def read(cause):
+        return list(BlockReader(Blocks(cause), lambda worker, workers: [0], skip_bad_shards=True)())
+
+    assert read(OSError(errno.EIO, "x"))[0]["bad_shard"] == 2
+    with pytest.raises(ShardError):
+        read(OSError(errno.ENOSPC, "x"))

@@ -21,10 +21,18 @@ class Positions:
     def __init__(self, tokens: int):
         self.tokens = tokens
         self.row_tokens, self.has_spans = 0, False
+        self.wanted: list[list[int]] = []
 
     def read_tokens(self, start: int, count: int) -> np.ndarray:
         assert 0 <= start and start + count <= self.tokens and count > 0
         return np.arange(start, start + count)
+
+    def shards_of(self, start: int, count: int) -> list[int]:
+        """A shard holds 100 tokens."""
+        return list(range(start // 100, (start + count - 1) // 100 + 1))
+
+    def prefetch(self, shards) -> None:
+        self.wanted.append(list(shards))
 
 
 @given(size=st.integers(1, 3000), key=st.text(max_size=5))
@@ -113,6 +121,20 @@ def test_a_window_keeps_a_stretch_of_the_stream_in_few_places_and_shuffles_insid
     assert first != second
 
 
+def test_the_store_hears_at_the_beginning_of_a_window_which_shards_the_next_one_needs():
+    store = Positions(1 << 14)
+    stream = BlockStream(store, 16, 0, 64, window=2048)
+    needed: list[set[int]] = []
+    for g in range(3 * 1024):  # three epochs of eight windows
+        if g % 128 == 0:
+            needed.append(set())
+            assert len(store.wanted) == g // 128
+        needed[-1] |= {shard for _, shard in stream.shards_of(g)}
+        stream.block(g)
+    assert len(store.wanted) == 24
+    assert [set(shards) for shards in store.wanted[:-1]] == needed[1:]
+
+
 class Documents(Positions):
     """A store of documents of given lengths; rows of `row` tokens end in padding where `padded`."""
 
@@ -127,9 +149,6 @@ class Documents(Positions):
 
     def read_spans(self, start, count):
         return clip_spans(self.spans, start, count)
-
-    def shards_of(self, start, count):
-        return list(range(start // 100, (start + count - 1) // 100 + 1))
 
 
 @given(

@@ -53,6 +53,9 @@ def main() -> None:
     found["lost on the way"] = read(mesh, mine, 1, [], damaged=gone)
     found["lost before the start"] = read(mesh, mine, 1, [])  # on rank 1 alone
     found["resumed"] = read(mesh, mine, 1, found["lost on the way"]["saved"], first=3)
+    known = found["lost on the way"]["saved"]
+    found["limit gone"] = read(mesh, folder / "whole", 0, known, first=3)
+    found["moved"] = read(mesh, folder / "whole", 1, known, first=3)
     if mesh.rank == 0:
         (mine / "shard-000004.tar").unlink()
     found["too many"] = read(mesh, mine, 1, [])

@@ -89,7 +89,34 @@ CONFIG_MISTAKES = {
         ["data.cfg_condition is spans", "data.shards", "cfg_condition=prefix"],
     ),
     "negative bad shards": (["--data.max_bad_shards", "-1"], ["data.max_bad_shards", ">= 0"]),
-    "a source without a path": (["--data.shards", "[{weight: 1}]"], ["data.shards", "path"]),
+    "a source without a path": (["--data.shards", "[{weight: 1}]"], ["data.shards[0] has no path", "weight: NUMBER"]),
+    "a misspelt key of a source": (
+        ["--data.shards", '[{"path": "a", "epoch": 3}]'],
+        ["data.shards[0]", "epoch", "epochs"],
+    ),
+    "a weight that is no number": (
+        ["--data.shards", "[{path: a, weight: big}]"],
+        ["data.shards[0].weight is 'big'", "number"],
+    ),
+    "epochs without end": (["--data.shards", "[{path: a, epochs: .inf}]"], ["data.shards[0].epochs", "leave it out"]),
+    "a name that trackers refuse": (
+        ["--data.shards", "[{path: a, name: c++}]"],
+        ["data.shards[0].name is 'c++'", "letters"],
+    ),
+    "samples from shards that may be bad": (
+        [
+            "--data.max_bad_shards",
+            "1",
+            "--train.sample_every",
+            "5",
+            "--train.validate_every",
+            "0",
+            "--data.val_shards",
+            "",
+        ],
+        ["train.sample_every", "data.max_bad_shards", "data.val_shards"],
+    ),
+    "an endless cache": (["--data.cache_gib", ".inf"], ["data.cache_gib"]),
     "a mixture of nothing": (["--data.shards", "[]"], ["data.shards is empty"]),
     "no such data": (["--data.shards", "/nowhere/train"], ["data.shards", "/nowhere/train", "prepare"]),
     "no such checkpoint": (["--train.init_from", "/nowhere/step-1"], ["train.init_from", "/nowhere/step-1"]),
@@ -339,6 +366,63 @@ def test_mistakes_in_a_mixture(capsys, corpus, tmp_path):
     check_fails(capsys, command({"path": one, "weight": 1}, {"path": two}), "some sources have a weight")
     check_fails(capsys, command({"path": one, "weight": -1}, {"path": two, "weight": 2}), "weights must be >= 0")
     check_fails(capsys, command({"path": one, "weight": 1, "epochs": 0}), "data.shards[0].epochs is 0", "> 0")
+    check_fails(
+        capsys, command({"path": one, "weight": 1}, {"path": two, "weight": 1e-9}), "smallest weight is 1.0e-09"
+    )
     check_fails(capsys, command({"path": one, "epochs": 0.001}), "`epochs`", "samples", "train.steps")
     check_fails(capsys, command({"path": one}, {"path": "/nowhere/b"}), "data.shards[1]", "/nowhere/b")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_config_cannot_make_python_import_what_it_names(capsys, corpus, tmp_path, monkeypatch):
+    (tmp_path / "evil_module.py").write_text(
+        "from pathlib import Path\nPath(__file__).with_suffix('.ran').touch()\nclass Z: ...\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    entry = "[{class_path: evil_module.Z, init_args: {}}]"
+    check_fails(
+        capsys, [*arguments(corpus, tmp_path / "runs", "r"), "--data.shards", entry], "data.shards[0]", "class_path"
+    )
+    assert not (tmp_path / "evil_module.ran").exists()
+
+
+def test_what_an_address_keeps_secret_is_neither_stored_nor_shown():
+    from pretrain.load_config import load_config, shown, to_dict
+    from pretrain.training_data import name_of
+
+    secret = "https://user:pw@host:8443/sets/web/train?sig=SECRET#x"
+    assert shown(secret) == "https://host:8443/sets/web/train" and shown("a/b?c@d") == "a/b?c@d"
+    assert name_of(secret) == "web" and name_of("shards/c++/train") == "c__" and name_of("/data/wiki/") == "wiki"
+    for given in (secret, json.dumps([{"path": secret, "weight": 1}])):
+        stored = json.dumps(to_dict(load_config(["--data.shards", given, "--data.val_shards", secret])))
+        assert "host:8443/sets/web/train" in stored and "pw" not in stored and "SECRET" not in stored
+
+
+def test_a_check_of_every_byte_that_the_other_ranks_would_not_wait_for(capsys, corpus, tmp_path, monkeypatch):
+    from pretrain import preflight
+
+    monkeypatch.setattr(preflight, "VERIFIED_BYTES_A_SECOND", 1.0)
+    for name, value in {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    command = [*arguments(corpus, tmp_path / "runs", "r"), "--data.verify", "full"]
+    check_fails(capsys, command, "data.verify is full", "data verify", "data.verify=auto")
+
+
+def test_a_capped_mixture_is_measured_from_where_the_stream_of_a_resumed_run_stands(corpus):
+    from data.errors import InputError
+    from pretrain.load_config import load_config
+    from pretrain.training_data import check_enough, open_training_data
+
+    source = json.dumps([{"path": str(corpus / "val"), "epochs": 1}])
+    config = load_config(["--data.shards", source, "--data.sequence_length", "32", "--model.vocab_size", "512"])
+    found = open_training_data(config, "size")
+    total = found.blocks(config).total
+    check_enough(config, found, total)
+    with pytest.raises(InputError, match=f"give {total} samples, the run ends behind sample {total + 1}"):
+        check_enough(config, found, total + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -59,6 +60,12 @@ def test_inspect_shows_samples_as_training_draws_them(train_set: Path, capsys) -
     assert "\x1b" not in out  # no terminal, no colour
     assert execute([*command, "--step", "1"]) == 0
     assert "=== sample 0" not in capsys.readouterr().out
+    rows = re.findall(r"(0\.\d) - [01]\.\d +([\d.]+)% \( *([\d.]+)%\) +of +([\d,]+) tokens", out)
+    assert len(rows) >= 8, "masked by noise level"
+    for low, rate, expected, tokens in rows:
+        count = int(tokens.replace(",", ""))
+        assert 100 * float(low) - 0.1 <= float(expected) <= 100 * float(low) + 10.1
+        assert abs(float(rate) - float(expected)) < 5 * 50 / count**0.5
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from data.loader import Slice, training_batches
 from parallel.checkpoint import latest
 from pretrain.load_config import load_config
 from pretrain.training_data import open_training_data, stage_options
+from tests.data.fault_server import FaultServer
 from tests.distributed.launch import run, start, wait
 from tests.pretrain.test_training_run import arguments, metrics
 
@@ -43,17 +45,20 @@ def command(corpus: Path, runs: Path, name: str, **more) -> list[str]:
     return arguments(corpus, runs, name, **values)
 
 
-def killed(words: list[str], ranks: int, folder: Path, behind: int) -> None:
-    """Starts the run and kills all ranks with -9 once `behind` steps are recorded and it has saved since."""
+def killed(words: list[str], ranks: int, folder: Path, behind: int) -> str:
+    """Starts the run and kills all ranks with -9 once `behind` steps are recorded and the newest due of them is saved.
+
+    What rank 0 said.
+    """
     processes = start("pretrain", words, ranks)
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not ((folder / "metrics.jsonl").exists() and len(metrics(folder)) >= behind):
+    saved = folder / "checkpoints" / f"step-{behind // EVERY * EVERY:08d}" / "trainer.json"
+    while time.monotonic() < deadline and not (saved.exists() and len(metrics(folder)) >= behind):
         assert all(p.poll() is None for p in processes), processes[0].communicate()[0]
         time.sleep(0.01)
     for process in processes:
         os.killpg(process.pid, signal.SIGKILL)
-    for process in processes:
-        process.communicate()
+    return [process.communicate()[0] for process in processes][0]
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +68,10 @@ def runs(corpus, tmp_path_factory) -> Path:
     for ranks, behind, more in LIVES:
         words = command(corpus, folder, "lives", **more)
         if behind < STEPS:
-            killed(words, ranks, folder / "lives", behind)
+            said = killed(words, ranks, folder / "lives", behind)
         else:
-            run("pretrain", words, ranks)
+            said = run("pretrain", words, ranks)[0]
+        (folder / f"said-{behind}").write_text(said)
     return folder
 
 
@@ -75,6 +81,12 @@ def test_every_step_of_every_life_reads_what_the_uninterrupted_run_reads(runs):
     for here, there in zip(straight, lives, strict=True):
         assert here == there
     assert len({line["data/digest"] for line in straight}) == STEPS
+
+
+def test_every_life_but_the_first_went_on_where_a_checkpoint_of_the_one_before_was(runs):
+    for (_, before, _), (_, behind, _) in zip(LIVES, LIVES[1:]):
+        resumed = re.search(r"resumed .* at step (\d+) ", (runs / f"said-{behind}").read_text())
+        assert resumed and before // EVERY * EVERY <= int(resumed[1]) < behind
 
 
 def test_the_losses_agree_too(runs):
@@ -154,3 +166,22 @@ def test_a_reset_begins_a_new_stream_behind_the_samples_already_read_and_is_reco
     saved = json.loads((tmp_path / "r" / "checkpoints" / "step-00000008" / "trainer.json").read_text())
     assert saved["samples_consumed"] == 80 and saved["stream"]["step"] == 3 and saved["stream"]["sample"] == 30
     assert saved["stream"]["resets"][0]["changed"] == {"train.global_batch_size": [8, 10]}
+
+
+def test_a_run_that_reads_from_an_unreliable_address_reads_what_the_folder_holds(corpus, tmp_path):
+    """Two ranks with a worker each share one cache; connections break and the server fails on the way."""
+    short = {
+        "train.steps": 6, "optimizer.warmup_steps": 0, "optimizer.decay_steps": 0, "train.validate_every": 0,
+        "data.shuffle_window": 4000, "data.workers": 1, "data.val_shards": "",
+    }  # fmt: skip
+    run("pretrain", arguments(corpus, tmp_path, "folder", **short), 2)
+    server = FaultServer(corpus / "train")
+    server.faults["shard-000000.tar"] = ["500", "drop 100000", "truncate 5000", "wrong"]
+    try:
+        remote = {**short, "data.shards": server.url + "/train", "data.cache_dir": tmp_path / "cache"}
+        run("pretrain", arguments(corpus, tmp_path, "address", **remote), 2)
+    finally:
+        server.close()
+    here, there = (metrics(tmp_path / name, "data/") for name in ("folder", "address"))
+    assert [line["data/digest"] for line in here] == [line["data/digest"] for line in there] and len(there) == 6
+    assert not server.faults["shard-000000.tar"], "all faults were met"

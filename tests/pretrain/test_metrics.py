@@ -75,6 +75,7 @@ class UnigramEngine:
 
 class Tokens:
     special = SpecialIds(mask=0, eos=1, pad=1)
+    row_tokens, has_spans = 0, False
 
     def __init__(self, ids: np.ndarray):
         self.ids, self.tokens = ids.astype(np.uint16), len(ids)
