@@ -24,6 +24,7 @@ from data.errors import InputError
 from data.masking import MaskingOptions, masking, random_length
 from data.samples import BlockReader, Blocks
 
+BUNDLE_TOKENS = 1 << 17  # a worker ships microbatches of about so many tokens at once: each shipment has a price
 WAIT_SECONDS = 600.0  # longest wait for a worker's next microbatch
 
 
@@ -92,9 +93,23 @@ def _report_faults(batches: Iterable[CompactBatch]) -> Iterator[CompactBatch | _
         yield _Fault(str(error))
 
 
-def _training_indices(worker: int, workers: int, *, part: Slice, start: int, end: Optional[int]) -> Iterator[int]:
-    for microbatch in itertools.count(start + worker, workers) if end is None else range(start + worker, end, workers):
-        yield from part.samples(microbatch)
+def _bundled(batches: Iterable[CompactBatch | _Fault], size: int) -> Iterator[list[CompactBatch | _Fault]]:
+    """Lists of `size` batches, the last one perhaps shorter."""
+    source = iter(batches)
+    while bundle := list(itertools.islice(source, size)):
+        yield bundle
+
+
+def _training_indices(
+    worker: int, workers: int, *, part: Slice, start: int, end: Optional[int], bundle: int
+) -> Iterator[int]:
+    """Bundles of microbatches are dealt out to the workers in turn."""
+    for number in itertools.count(worker, workers):
+        first = start + number * bundle
+        if end is not None and first >= end:
+            return
+        for microbatch in range(first, first + bundle if end is None else min(first + bundle, end)):
+            yield from part.samples(microbatch)
 
 
 def _validation_indices(worker: int, workers: int, *, part: Slice, total: int) -> Iterator[int]:
@@ -104,7 +119,15 @@ def _validation_indices(worker: int, workers: int, *, part: Slice, total: int) -
         yield from range(k * part.micro_batch, min((k + 1) * part.micro_batch, total))
 
 
-def _load(blocks: Blocks, indices: Callable, options: StageOptions, micro_batch: int, pad_id: int, workers: int):
+def _load(
+    blocks: Blocks,
+    indices: Callable,
+    options: StageOptions,
+    micro_batch: int,
+    pad_id: int,
+    workers: int = 0,
+    bundle: int = 1,
+) -> Iterator[CompactBatch]:
     pipeline = wds.DataPipeline(
         BlockReader(
             blocks,
@@ -116,17 +139,18 @@ def _load(blocks: Blocks, indices: Callable, options: StageOptions, micro_batch:
         *stages(options),
         partial(collate, size=micro_batch, pad_id=pad_id),
         _report_faults,
+        partial(_bundled, size=bundle),
     )
     loader = DataLoader(
         pipeline,
         batch_size=None,
         num_workers=workers,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=2 if workers else None,
         multiprocessing_context="forkserver" if workers else None,
         timeout=WAIT_SECONDS if workers else 0,
     )
     try:
-        for batch in loader:
+        for batch in itertools.chain.from_iterable(loader):
             if isinstance(batch, _Fault):
                 raise InputError(batch.message)
             yield batch
@@ -159,9 +183,9 @@ def training_batches(
     per_step = part.microbatches_per_step
     start = first_step * per_step
     end = None if steps is None else start + steps * per_step
-    source = _load(
-        blocks, partial(_training_indices, part=part, start=start, end=end), options, part.micro_batch, pad_id, workers
-    )
+    bundle = max(1, BUNDLE_TOKENS // (part.micro_batch * blocks.sequence_length)) if workers else 1
+    indices = partial(_training_indices, part=part, start=start, end=end, bundle=bundle)
+    source = _load(blocks, indices, options, part.micro_batch, pad_id, workers, bundle)
     while group := list(itertools.islice(source, per_step)):
         yield group
 
@@ -170,4 +194,4 @@ def validation_batches(
     blocks: Blocks, total: int, options: StageOptions, part: Slice, pad_id: int
 ) -> Iterator[CompactBatch]:
     """Blocks 0 .. total - 1, each exactly once over all data-parallel ranks, with masks that depend on the block alone."""
-    return _load(blocks, partial(_validation_indices, part=part, total=total), options, part.micro_batch, pad_id, 0)
+    return _load(blocks, partial(_validation_indices, part=part, total=total), options, part.micro_batch, pad_id)

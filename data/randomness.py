@@ -96,8 +96,9 @@ def bernoulli(seed: int, purpose: str, index: int, count: int, probability: floa
     size = (count + 3) // 4
     coarse = words(seed, purpose, index, size, epoch).view(np.uint16)[:count]
     drawn = coarse < first
-    ties = np.flatnonzero(coarse == first)
-    if len(ties):
+    tied = coarse == first
+    if tied.any():
+        ties = np.flatnonzero(tied)
         fine = words(seed, purpose, index, size + (len(ties) + 1) // 2, epoch)[size:].view(np.uint32)[: len(ties)]
         drawn[ties] = fine < rest
     return drawn

@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Optional
 
@@ -283,19 +283,21 @@ class ShardSet:
         if start < 0 or count < 0 or start + count > self._tokens:
             raise IndexError(f"tokens [{start}, {start + count}) are outside [0, {self._tokens}) of {self.location}")
 
-    def _parts(self, start: int, count: int) -> Iterator[_Part]:
+    def _parts(self, start: int, count: int) -> list[_Part]:
         """The chunks that hold tokens [start, start + count), in order."""
         self._check_range(start, count)
         if count == 0:
-            return
+            return []
         chunk = int(self._starts.searchsorted(start, "right")) - 1
-        at = 0
-        while at < count:
-            inside = start + at - int(self._starts[chunk])
-            part = min(count - at, self._chunk_tokens(chunk) - inside)
-            yield _Part(chunk, inside, part, at)
-            at += part
+        inside = start - int(self._starts[chunk])
+        part = min(count, self._chunk_tokens(chunk) - inside)
+        parts = [_Part(chunk, inside, part, 0)]
+        while part < count:
             chunk += 1
+            more = min(count - part, self._chunk_tokens(chunk))
+            parts.append(_Part(chunk, 0, more, part))
+            part += more
+        return parts
 
     def _chunk_tokens(self, chunk: int) -> int:
         after = self._starts[chunk + 1] if chunk + 1 < len(self._starts) else self._tokens

@@ -11,6 +11,8 @@ import pytest
 from data.tokenizer import load_tokenizer
 from tests.distributed.launch import ROOT, environment, run
 
+pytestmark = pytest.mark.parity
+
 TEXT = "The quick brown fox jumps over the lazy dog, and then it sleeps until noon."
 
 

@@ -16,7 +16,7 @@ from tests.pretrain.test_training_run import arguments, metrics
 
 pytestmark = pytest.mark.parity
 
-WORDS = "apple river stone cloud tiger piano lemon storm bread eagle night ocean".split()
+WORDS = "apple river stone cloud tiger piano".split()
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +26,9 @@ def chats(tmp_path_factory) -> Path:
     rng = random.Random(0)
     lines = []
     for number in range(1500):
-        word, fill = rng.choice(WORDS), " ".join(rng.choice(WORDS) for _ in range(rng.randrange(3)))
+        word = rng.choice(WORDS)
         messages = [
-            {"role": "user", "content": f"{fill} say {word}".strip()},
+            {"role": "user", "content": f"say {word}"},
             {"role": "assistant", "content": f"{word} {word}"},
         ]
         lines.append(json.dumps({"messages": messages, "id": number}))
@@ -49,8 +49,8 @@ def test_the_answer_is_learned_from_the_prompt_and_guidance_finds_its_null_input
     words = {
         "data.packing": "isolate", "data.cfg_dropout": 0.2, "data.cfg_condition": "spans", "data.random_length_prob": 0,
         "data.sequence_length": 64, "model.hidden_size": 64, "model.ffn_hidden_size": 128, "model.vocab_size": shards.vocab_size,
-        "train.steps": 260, "train.micro_batch_size": 8, "train.global_batch_size": 16, "train.checkpoint_every": 0,
-        "train.validate_every": 260, "train.val_samples": 0, "optimizer.lr": 5e-3, "optimizer.warmup_steps": 20,
+        "train.steps": 350, "train.micro_batch_size": 8, "train.global_batch_size": 16, "train.checkpoint_every": 0,
+        "train.validate_every": 350, "train.val_samples": 0, "optimizer.lr": 5e-3, "optimizer.warmup_steps": 20,
         "optimizer.decay_steps": 60, "objective.masking": "fixed_count",
     }  # fmt: skip
     run("pretrain", arguments(chats, tmp_path, "sft", **words), 2, timeout=300)
