@@ -21,7 +21,7 @@ from sentencepiece import sentencepiece_model_pb2 as protocol
 
 from data import long_text
 from data.errors import InputError
-from data.token_model import wrapper_bytes
+from data.token_wrapper import wrapper_bytes
 
 SPACE = "▁"  # U+2581
 

@@ -13,7 +13,7 @@ import regex
 import tiktoken
 
 from data.errors import InputError
-from data.token_model import wrapper_bytes
+from data.token_wrapper import wrapper_bytes
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"

@@ -10,13 +10,12 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from data.errors import InputError
 
-FORMAT = "palimpsest-tokenizer"
 _KIND = re.compile(rb'\A\s*\{\s*"kind"\s*:\s*"(\w+)"')
 
 
@@ -73,13 +72,6 @@ def read_model(file: Path, pattern: str | None = None) -> TokenModel:
     from data.huggingface_model import HuggingFaceModel
 
     return HuggingFaceModel.from_bytes(content, file)
-
-
-def wrapper_bytes(kind: str, fields: Mapping[str, Any], special_tokens: Mapping[str, int]) -> bytes:
-    """Our own tokenizer.json: the kind comes first, so that a reader knows it from the first bytes."""
-    by_id = dict(sorted(special_tokens.items(), key=lambda item: item[1]))
-    record = {"kind": kind, "format": FORMAT, **fields, "special_tokens": by_id}
-    return (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def _read_wrapper(content: bytes, file: Path) -> TokenModel:
