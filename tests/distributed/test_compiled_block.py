@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from tests.distributed.launch import run
 
 
+@pytest.mark.parity
 def test_a_compiled_tensor_or_sequence_parallel_block_is_one_graph_with_the_eager_gradients(tmp_path):
     run("tests.distributed.compiled_block_worker", [str(tmp_path)], 2)
     for rank in range(2):
