@@ -32,6 +32,7 @@ def read(mesh, folder: Path, limit: int, saved: list, first: int = 0, damaged: s
     options = StageOptions(MaskingOptions(0, GLOBAL), skip_bad_shards=limit > 0)
     try:
         bad.begin(first, saved)
+        found["at the start"] = [entry["shard"] for entry in bad.saved()]
         source = training_batches(blocks, options, Slice(GLOBAL, 4), 1, consumed=first * GLOBAL, steps=STEPS - first)
         for step, group in enumerate(source, start=first):
             group = bad.settle(step, group)

@@ -62,6 +62,13 @@ def test_ranks_that_read_the_same_samples_lose_the_same_ones_though_only_one_can
     assert len(first["said"]) == 1 and "shard-000002.tar" in first["said"][0] and "rank 1" in first["said"][0]
 
 
+def test_what_one_rank_finds_bad_at_opening_all_ranks_know_before_the_first_sample(peers):
+    """Else a rank of another host would train on bytes whose damage only this one's check has seen."""
+    for one in peers:
+        assert one["lost before the start"]["at the start"] == ["shard-000002.tar"]
+        assert one["lost on the way"]["at the start"] == [] == one["whole"]["at the start"]
+
+
 def test_a_resume_goes_on_without_the_shard_and_reads_the_same(peers):
     for one in peers:
         assert one["resumed"]["digests"] == one["lost on the way"]["digests"][3:]
