@@ -1,71 +1,29 @@
-"""Microbatches: the compact form that loader workers ship, and the DiffusionBatch that the model and the loss read.
+"""The DiffusionBatch that the model and the loss read, made from the compact form on the consumer side.
 
-Workers draw everything and ship few bytes (uint16/32 tokens, packed mask bits, a handful of numbers per sample); the
-consumer expands. Shapes: B samples, L tokens.
+Shapes: B samples, L tokens of a sample, C columns of a row: L, or 2 L where a clean copy follows (block diffusion).
 """
 
 from __future__ import annotations
 
-import struct
-import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, replace
-from functools import lru_cache
-from typing import Optional
+from dataclasses import dataclass, fields
+from typing import Literal, Optional
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data import randomness
+from data.compact import CompactBatch
 
 PADDING_DOCUMENT = -1
-
-
-@dataclass(frozen=True)
-class CompactBatch:
-    """What a worker ships: 2.2 to 2.5 bytes a token. Bits are np.packbits along the tokens."""
-
-    tokens: np.ndarray  # [B, L] uint16 or uint32; what follows `length` is pad
-    mask_bits: np.ndarray  # [B, ceil(L / 8)] uint8
-    prompt_bits: Optional[np.ndarray]  # the same, tokens shown clean and without loss; None: there are none
-    border_bits: Optional[np.ndarray]  # the same, first tokens of documents that are isolated; None: one text a sample
-    length: np.ndarray  # [B] int32, tokens that are not padding; 0: nothing of this sample counts
-    t: np.ndarray  # [B] float32
-    p_mask: np.ndarray  # [B] float32
-    dropped: np.ndarray  # [B] bool
-    sample_ids: np.ndarray  # [B] int64
-    source: np.ndarray  # [B] int16, which source of a mixture
-    bad_shard: np.ndarray  # [B] int32, the shard of that source that could not be read, -1: all is well
-    digest: np.ndarray  # [B] int64, CRC-32 of everything above that belongs to the sample
-
-    def pairs(self) -> int:
-        """Pairs of tokens that attend to each other: the sum of the squares of the documents' lengths, padding being one more."""
-        batch, size = self.tokens.shape
-        borders = np.zeros((batch, size), bool)
-        if self.border_bits is not None:
-            borders = np.unpackbits(self.border_bits, axis=1, count=size).view(bool)
-        borders &= np.arange(size) < self.length[:, None]
-        borders[:, 0] = True
-        padded = self.length < size
-        borders[padded, self.length[padded]] = True
-        lengths = np.diff(np.append(np.flatnonzero(borders), batch * size))
-        return int((lengths.astype(np.int64) ** 2).sum())
-
-    def without(self, lost: np.ndarray) -> CompactBatch:
-        """The same batch, of whose samples where `lost` ([B] bool) nothing counts: no mask, no loss, only padding."""
-        keep = ~lost
-        return replace(
-            self, mask_bits=self.mask_bits * keep[:, None], length=self.length * keep, digest=self.digest * keep
-        )
+UNSEEN = 1 << 30  # rank of a token that nothing sees by its rank
 
 
 @dataclass
 class DiffusionBatch:
-    """One microbatch, [B, L] unless said otherwise. `masked` is carried and never derived from ids."""
+    """One microbatch, [B, C] unless said otherwise. `masked` is carried and never derived from ids."""
 
     noisy_ids: Tensor  # int64, what the model sees
-    target_ids: Tensor  # int64, the clean tokens
+    target_ids: Tensor  # int64, what is to be predicted there: the clean token (or the next one, or the one after)
     masked: Tensor  # bool, counted in the loss
     weight: Tensor  # float32, 0 where there is no loss, else the schedule's weight
     eligible: Tensor  # bool, could have been masked: the `tokens` normaliser counts these
@@ -75,116 +33,180 @@ class DiffusionBatch:
     p_mask: Tensor  # float32
     dropped: Tensor  # [B] bool
     sample_ids: Tensor  # [B] int64
+    # Who sees whom inside a document, [B, C, 3] int32 (rank, reach, group): i sees j if rank[j] <= reach[i], or if both are of
+    # one group >= 0. None: all see all.
+    visibility: Optional[Tensor] = None
+    soft_ids: Optional[Tensor] = None  # [B, C, K] int64: the input is the mixture of their embeddings
+    soft_weights: Optional[Tensor] = None  # [B, C, K] float32
+    current_ids: Optional[Tensor] = None  # int64, the corrupted token (uniform)
+    alpha: Optional[Tensor] = None  # float32, the share of clean tokens (uniform)
 
     def to(self, device: torch.device | str) -> DiffusionBatch:
-        return DiffusionBatch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        return DiffusionBatch(**{name: x.to(device, non_blocking=True) for name, x in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
-        """Name -> tensor, the plain form in which `parallel` takes a batch."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        """Name -> tensor, the plain form in which `parallel` takes a batch; without those that are None."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
-def collate(samples: Iterable[dict], size: int, pad_id: int) -> Iterator[CompactBatch]:
-    """Stacks every `size` consecutive samples to a CompactBatch; the last one of a finite stream may be smaller."""
-    group: list[dict] = []
-    for sample in samples:
-        group.append(sample)
-        if len(group) == size:
-            yield _stack(group, pad_id)
-            group = []
-    if group:
-        yield _stack(group, pad_id)
+Kind = Literal["masked", "block", "bert", "uniform", "flow", "autoregressive"]
 
 
-def _stack(group: list[dict], pad_id: int) -> CompactBatch:
-    tokens = np.stack([s["tokens"] for s in group])
-    if pad_id > np.iinfo(tokens.dtype).max:  # samples that could not be read know nothing of the vocabulary
-        tokens = tokens.astype(np.uint32)
-    length = np.array([s["length"] for s in group], np.int32)
-    for row, used in zip(tokens, length):
-        row[used:] = pad_id
-    masks = np.packbits(np.stack([s["mask"] for s in group]), axis=1)
-    prompts, borders = _bits(group, "prompt"), _bits(group, "borders")
-    return CompactBatch(
-        tokens=tokens,
-        mask_bits=masks,
-        prompt_bits=prompts,
-        border_bits=borders,
-        length=length,
-        t=np.array([s["t"] for s in group], np.float32),
-        p_mask=np.array([s["p_mask"] for s in group], np.float32),
-        dropped=np.array([s["dropped"] for s in group], bool),
-        sample_ids=np.array([s["sample_id"] for s in group], np.int64),
-        source=np.array([s.get("source", 0) for s in group], np.int16),
-        bad_shard=np.array([s.get("bad_shard", -1) for s in group], np.int32),
-        digest=_digests(group, tokens, masks, prompts, borders),
-    )
+@dataclass(frozen=True)
+class Form:
+    """What a batch looks like for an objective, beside the draws.
+
+    Args:
+        kind: the objective.
+        block_size: tokens of a block (`block`); divides L.
+        shift: the hidden state at i predicts token i + 1 (weights that come from an autoregressive model).
+        weighting: weight counted tokens by the schedule; off: all by 1.
+        per_answer: divide the weights by the number of eligible tokens of their document, so that each answer counts alike
+            (LLaDA's SFT, arXiv 2502.09992, Algorithm 2).
+        start_id: what stands before the first token of a text (`autoregressive`).
+    """
+
+    kind: Kind = "masked"
+    block_size: int = 0
+    shift: bool = False
+    weighting: bool = True
+    per_answer: bool = False
+    start_id: int = 0
+
+    @property
+    def copies(self) -> int:
+        """Columns of a row for each token of its sample."""
+        return 2 if self.kind == "block" else 1
 
 
-def _digests(group: list[dict], *arrays: Optional[np.ndarray]) -> np.ndarray:
-    """For each sample what was read and drawn for it, in one number that does not depend on the batch around it, int64 [B]."""
-    sums = [_row_sums(array).tolist() if array is not None else [0] * len(group) for array in arrays]
-    digests = []
-    for sample, *hashes in zip(group, *sums, strict=True):
-        numbers = (sample["sample_id"], sample["length"], sample["t"], sample["p_mask"], sample["dropped"])
-        digests.append(zlib.crc32(struct.pack("<qqdd?4Q", *numbers, *hashes)))
-    return np.array(digests, np.int64)
+MASKED = Form()
 
 
-def _row_sums(rows: np.ndarray) -> np.ndarray:
-    """A linear hash of each row's bytes modulo 2**64, uint64 [B]; 0 for a row of zeros."""
-    content = rows.view(np.uint8)
-    if content.shape[1] % 8:
-        content = np.pad(content, ((0, 0), (0, -content.shape[1] % 8)))
-    return content.view(np.uint64) @ _weights(content.shape[1] // 8)
-
-
-@lru_cache(maxsize=8)
-def _weights(count: int) -> np.ndarray:
-    return randomness.words(0, "digest", 0, count) | np.uint64(1)
-
-
-def _bits(group: list[dict], name: str) -> Optional[np.ndarray]:
-    """The [L] bool of every sample, packed; None if no sample has one."""
-    if all(s.get(name) is None for s in group):
-        return None
-    nothing = np.zeros(len(group[0]["tokens"]), bool)
-    return np.packbits(np.stack([nothing if s.get(name) is None else s[name] for s in group]), axis=1)
-
-
-def expand(compact: CompactBatch, mask_id: int, weighting: bool = True) -> DiffusionBatch:
+def expand(compact: CompactBatch, mask_id: int, form: Form = MASKED, lookahead: Optional[int] = None) -> DiffusionBatch:
     """CompactBatch -> DiffusionBatch on the CPU.
 
-    The weight of a masked token is 1 / p_mask (1 with `weighting` off: then the loss is not the likelihood bound).
+    lookahead: a token sees what lies behind it and so many tokens before it (annealing from causal to full attention);
+    None: everything in its document.
     """
     batch, size = compact.tokens.shape
     target = torch.from_numpy(compact.tokens.astype(np.int64))
-    masked = torch.from_numpy(np.unpackbits(compact.mask_bits, axis=1, count=size).view(bool))
+    masked = _unpack(compact.mask_bits, size)
     column = torch.arange(size, dtype=torch.int32).expand(batch, size)
     inside = column < torch.from_numpy(compact.length)[:, None]
     dropped = torch.from_numpy(compact.dropped)
-    p_mask = torch.from_numpy(compact.p_mask)[:, None].expand(batch, size).contiguous()
-    noisy, eligible = torch.where(masked, mask_id, target), inside
+    t, p_mask = (_spread(compact, values) for values in (compact.t, compact.p_mask))
+    if compact.noisy is not None:
+        noisy = torch.from_numpy(compact.noisy.astype(np.int64))
+    else:
+        noisy = target if form.kind == "autoregressive" else torch.where(masked, mask_id, target)
+    eligible, hidden = inside, None
     if compact.prompt_bits is not None:
-        prompt = torch.from_numpy(np.unpackbits(compact.prompt_bits, axis=1, count=size).view(bool)) & inside
-        noisy = torch.where(prompt & dropped[:, None], mask_id, noisy)
+        prompt = _unpack(compact.prompt_bits, size) & inside
+        hidden = prompt & dropped[:, None]
+        noisy = torch.where(hidden, mask_id, noisy)
         eligible = inside & ~prompt
-    documents, positions = torch.zeros(batch, size, dtype=torch.int32), column
+    documents, positions, starts = torch.zeros(batch, size, dtype=torch.int32), column, column == 0
     if compact.border_bits is not None:
-        borders = torch.from_numpy(np.unpackbits(compact.border_bits, axis=1, count=size).view(bool)).clone()
-        borders[:, 0] = True
-        documents = borders.cumsum(1, dtype=torch.int32) - 1
-        positions = column - torch.where(borders, column, 0).cummax(1).values
-    return DiffusionBatch(
+        starts = _unpack(compact.border_bits, size)
+        starts[:, 0] = True
+        documents = starts.cumsum(1, dtype=torch.int32) - 1
+        positions = column - torch.where(starts, column, 0).cummax(1).values
+    drawn = 1 / p_mask if compact.weight is None else _spread(compact, compact.weight)
+    found = DiffusionBatch(
         noisy_ids=noisy,
         target_ids=target,
         masked=masked,
-        weight=torch.where(masked, 1.0 / p_mask if weighting else torch.ones(()), torch.zeros(())),
+        weight=torch.where(masked, drawn if form.weighting else torch.ones(()), torch.zeros(())),
         eligible=eligible,
         document_ids=torch.where(inside, documents, PADDING_DOCUMENT).to(torch.int32),
         position_ids=positions.contiguous(),
-        t=torch.from_numpy(compact.t)[:, None].expand(batch, size).contiguous(),
+        t=t,
         p_mask=p_mask,
         dropped=dropped,
         sample_ids=torch.from_numpy(compact.sample_ids),
+    )
+    if form.per_answer:
+        found.weight = found.weight / answer_lengths(found)
+    if lookahead is not None:
+        found.visibility = torch.stack((column, column + lookahead, torch.full_like(column, -1)), -1)
+    if form.kind == "autoregressive":
+        found.noisy_ids = torch.where(starts, form.start_id, noisy.roll(1, 1))
+        found.visibility = torch.stack((column, column, torch.full_like(column, -1)), -1)
+    elif form.kind == "block":
+        return _with_clean_copy(found, target if hidden is None else torch.where(hidden, mask_id, target), form)
+    elif form.kind == "uniform":
+        found.current_ids, found.alpha = found.noisy_ids, 1 - p_mask
+    elif form.kind == "flow" and compact.soft_ids is not None and compact.soft_weights is not None:
+        found.soft_ids = torch.from_numpy(compact.soft_ids.astype(np.int64))
+        found.soft_weights = torch.from_numpy(compact.soft_weights)
+        if hidden is not None:
+            found.soft_ids = torch.where(hidden[..., None], mask_id, found.soft_ids)
+    return _shifted(found) if form.shift else found
+
+
+def answer_lengths(batch: DiffusionBatch) -> Tensor:
+    """Eligible tokens of each token's document, at least 1, float32 [B, C]."""
+    key = _answer(batch)
+    return torch.bincount(key[batch.eligible], minlength=int(key.max()) + 1).clamp(min=1)[key].float()
+
+
+def answers(batch: DiffusionBatch) -> int:
+    """Documents that have eligible tokens."""
+    return len(_answer(batch)[batch.eligible].unique())
+
+
+def _answer(batch: DiffusionBatch) -> Tensor:
+    """A number for each (sample, document), [B, C]."""
+    samples, columns = batch.document_ids.shape
+    return torch.arange(samples)[:, None] * (columns + 1) + batch.document_ids.long() + 1
+
+
+def _unpack(bits: np.ndarray, size: int) -> Tensor:
+    return torch.from_numpy(np.unpackbits(bits, axis=1, count=size).view(bool).copy())
+
+
+def _spread(compact: CompactBatch, values: np.ndarray) -> Tensor:
+    """The number of each token's part, float32 [B, L]."""
+    batch, size = compact.tokens.shape
+    numbers = torch.from_numpy(values)
+    if compact.unit_bits is None:
+        return numbers[:, None].expand(batch, size).contiguous()
+    starts = _unpack(compact.unit_bits, size)
+    starts[:, 0] = True
+    return numbers[starts.flatten().cumsum(0) - 1].view(batch, size)
+
+
+def _shifted(batch: DiffusionBatch) -> DiffusionBatch:
+    """What is to be predicted moves one to the left: the hidden state at i is paid for token i + 1 of its document."""
+    for name, empty in (("target_ids", 0), ("masked", False), ("weight", 0.0), ("eligible", False), ("t", 1.0)):
+        moved = getattr(batch, name).roll(-1, 1)
+        moved[:, -1] = empty
+        setattr(batch, name, moved)
+    return batch
+
+
+def _with_clean_copy(batch: DiffusionBatch, clean: Tensor, form: Form) -> DiffusionBatch:
+    """[noisy; clean], each half of L tokens (block diffusion: Arriola et al., arXiv 2503.09573).
+
+    A noisy block sees itself and the clean blocks before it; a clean block sees itself and those before it. Only the noisy
+    half is paid for.
+    """
+    block = torch.arange(clean.shape[1], dtype=torch.int32).expand(clean.shape) // form.block_size
+    noisy = torch.stack((torch.full_like(block, UNSEEN), block - 1, block), -1)
+    behind = torch.stack((block, block, torch.full_like(block, -1)), -1)
+    nothing = torch.zeros_like(batch.masked)
+    return DiffusionBatch(
+        noisy_ids=torch.cat((batch.noisy_ids, clean), 1),
+        target_ids=torch.cat((batch.target_ids, clean), 1),
+        masked=torch.cat((batch.masked, nothing), 1),
+        weight=torch.cat((batch.weight, nothing.float()), 1),
+        eligible=torch.cat((batch.eligible, nothing), 1),
+        document_ids=torch.cat((batch.document_ids,) * 2, 1),
+        position_ids=torch.cat((batch.position_ids,) * 2, 1),
+        t=torch.cat((batch.t,) * 2, 1),
+        p_mask=torch.cat((batch.p_mask,) * 2, 1),
+        dropped=batch.dropped,
+        sample_ids=batch.sample_ids,
+        visibility=torch.cat((noisy, behind), 1),
     )

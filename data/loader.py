@@ -1,6 +1,8 @@
 """The data path of training, end to end, as one webdataset pipeline:
 
-    BlockReader -> [random_length] -> [prefix_condition] -> masking -> cfg_dropout -> collate -> CompactBatch
+    BlockReader -> [random_length] -> [prefix_condition] -> corruption -> cfg_dropout -> collate -> CompactBatch
+
+The corruption is masking, or another objective's (data.corruption, data.flow).
 
 Which samples a rank reads follows from (step, data-parallel rank) alone: step s owns samples [s B, (s + 1) B), rank r the
 r-th contiguous slice of them, cut into microbatches. Workers deal out whole microbatches, so their number changes
@@ -19,8 +21,11 @@ import webdataset as wds
 from torch.utils.data import DataLoader
 
 from data import cfg_dropout as cfg
-from data.batch import CompactBatch, collate
+from data.batch import Kind
+from data.compact import CompactBatch, collate
+from data.corruption import first_tokens_given, no_corruption, uniform_corruption
 from data.errors import InputError
+from data.flow import FlowOptions, flow_corruption
 from data.masking import MaskingOptions, masking, random_length
 from data.samples import BlockReader, Blocks
 
@@ -52,7 +57,8 @@ class Slice:
 class StageOptions:
     """The stages between the block reader and the batch.
 
-    isolate, eos_in_loss, skip_bad_shards: data.samples.
+    kind: the objective, whose corruption is used. shift: the first token of each text is given. vocab_size: ids that `uniform`
+    corruption may give. isolate, eos_in_loss, skip_bad_shards: data.samples.
     """
 
     masking: MaskingOptions
@@ -62,6 +68,25 @@ class StageOptions:
     isolate: bool = False
     eos_in_loss: bool = False
     skip_bad_shards: bool = False
+    kind: Kind = "masked"
+    shift: bool = False
+    vocab_size: int = 0
+    flow: Optional[FlowOptions] = None
+
+
+def corruption(options: StageOptions) -> Callable[[Iterable[dict]], Iterator[dict]]:
+    """The stage that decides what the model sees and what counts in the loss. ValueError if it lacks an option."""
+    if options.kind == "autoregressive":
+        return no_corruption
+    if options.kind == "uniform":
+        if options.vocab_size < 2:
+            raise ValueError("uniform corruption needs vocab_size")
+        return partial(uniform_corruption, options=options.masking, vocab_size=options.vocab_size)
+    if options.kind == "flow":
+        if options.flow is None:
+            raise ValueError("flow corruption needs flow options")
+        return partial(flow_corruption, options=options.masking, flow=options.flow)
+    return partial(masking, options=options.masking)
 
 
 def stages(options: StageOptions) -> list[Callable[[Iterable[dict]], Iterator[dict]]]:
@@ -72,7 +97,9 @@ def stages(options: StageOptions) -> list[Callable[[Iterable[dict]], Iterator[di
         chain.append(partial(random_length, seed=seed, probability=options.random_length_prob))
     if options.cfg_dropout > 0 and options.cfg_condition == "prefix":
         chain.append(partial(cfg.prefix_condition, seed=seed))
-    chain.append(partial(masking, options=options.masking))
+    if options.shift:
+        chain.append(first_tokens_given)
+    chain.append(corruption(options))
     chain.append(
         partial(cfg.cfg_dropout, seed=seed, rate=options.cfg_dropout) if options.cfg_dropout > 0 else cfg.no_dropout
     )

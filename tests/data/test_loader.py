@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import webdataset as wds
 
-from data.batch import CompactBatch, collate, expand
+from data.batch import expand
+from data.compact import CompactBatch, collate
 from data.errors import InputError
 from data.loader import Slice, StageOptions, stages, training_batches, validation_batches
 from data.masking import MaskingOptions

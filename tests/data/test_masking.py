@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from data.batch import collate, expand
+from data.batch import Form, expand
 from data.cfg_dropout import cfg_dropout, no_dropout, prefix_condition
+from data.compact import collate
 from data.masking import MaskingOptions, draw_mask, masking, random_length
-from data.noise import linear_mask_probability, noise_level
+from data.noise import noise_level
 
 L = 64
 MASK, PAD = 3, 1
@@ -67,8 +68,8 @@ def test_bernoulli_masks_hit_each_token_with_the_probability_of_its_sample():
     options = MaskingOptions(0, 500)
     scores, positions = [], np.zeros(L)
     for i in range(2000):
-        mask, t, p = draw_mask(i, L, None, L, options)
-        assert p == linear_mask_probability(t, 1e-3) == (1 - 1e-3) * t + 1e-3
+        mask, t, p, weight = draw_mask(i, L, None, L, options)
+        assert p == (1 - 1e-3) * t + 1e-3 and weight == 1 / p
         if 0.02 < p < 0.98:
             scores.append((mask.sum() - L * p) / math.sqrt(L * p * (1 - p)))
         positions += mask
@@ -81,7 +82,7 @@ def test_fixed_count_masks_have_every_count_equally_often_and_the_weight_of_thei
     options = MaskingOptions(0, 8, t_sampling="iid", masking="fixed_count")
     counts = []
     for i in range(3000):
-        mask, _, p = draw_mask(i, 12, np.arange(16) < 2, 16, options)
+        mask, _, p, weight = draw_mask(i, 12, np.arange(16) < 2, 16, options)
         assert not mask[:2].any() and not mask[12:].any()
         assert p == mask.sum() / 10
         counts.append(int(mask.sum()))
@@ -125,7 +126,7 @@ def test_what_the_model_sees_what_it_must_predict_and_what_it_is_paid():
     assert np.array_equal(b.target_ids.numpy(), clean)
     assert (b.noisy_ids[b.masked] == MASK).all()
     assert np.array_equal(b.noisy_ids[~b.masked].numpy(), clean[~b.masked.numpy()])
-    assert (b.weight == b.masked / b.p_mask).all()
+    assert torch.allclose(b.weight, b.masked / b.p_mask)
     assert 0.4 < float(b.masked.float().mean()) < 0.6
 
 
@@ -164,9 +165,8 @@ def test_the_drop_rate_is_within_a_binomial_bound_and_nothing_is_dropped_without
 def test_a_weight_below_the_floor_cannot_occur():
     b = batch([lambda s: masking(s, MaskingOptions(0, 64)), no_dropout])
     assert float(b.weight.max()) <= 1 / 1e-3
-    unweighted = expand(
-        next(collate(no_dropout(masking(samples(8), MaskingOptions(0, 8))), 8, PAD)), MASK, weighting=False
-    )
+    compact = next(collate(no_dropout(masking(samples(8), MaskingOptions(0, 8))), 8, PAD))
+    unweighted = expand(compact, MASK, Form(weighting=False))
     assert set(unweighted.weight.unique().tolist()) == {0.0, 1.0}
 
 

@@ -148,16 +148,15 @@ def test_a_split_document_keeps_its_part_of_the_prompt_in_every_piece(tmp_path: 
 
 @settings(max_examples=200, deadline=None)
 @given(lengths=st.lists(st.integers(1, 50), max_size=60), row=st.integers(50, 80))
-def test_first_fit_decreasing_puts_each_piece_in_the_first_row_with_room(lengths: list[int], row: int) -> None:
+def test_best_fit_decreasing_puts_each_piece_in_the_fullest_row_with_room(lengths: list[int], row: int) -> None:
     rows = pack_rows(lengths, row, "fill")
     assert sorted(piece for pieces in rows for piece in pieces) == list(range(len(lengths)))
     # The textbook's loop, written without arrays.
     reference: list[list[int]] = []
     for piece in sorted(range(len(lengths)), key=lambda piece: (-lengths[piece], piece)):
-        for pieces in reference:
-            if sum(lengths[p] for p in pieces) + lengths[piece] <= row:
-                pieces.append(piece)
-                break
+        fits = [pieces for pieces in reference if sum(lengths[p] for p in pieces) + lengths[piece] <= row]
+        if fits:
+            max(fits, key=lambda pieces: sum(lengths[p] for p in pieces)).append(piece)  # the first of equals
         else:
             reference.append([piece])
     assert rows == sorted(sorted(pieces) for pieces in reference)

@@ -7,8 +7,9 @@ import errno
 import numpy as np
 import pytest
 
-from data.batch import collate, expand
+from data.batch import expand
 from data.cfg_dropout import no_dropout
+from data.compact import collate
 from data.errors import InputError, ShardError
 from data.masking import MaskingOptions, masking
 from data.samples import BlockReader, blocks_of_chunks, sample_of
@@ -103,10 +104,14 @@ def test_the_digest_of_a_sample_changes_with_everything_it_read_or_drew_and_with
     base = {
         "sample_id": 5, "tokens": np.arange(2, 2 + SIZE, dtype=np.uint16), "length": 12, "mask": np.arange(SIZE) % 3 == 0,
         "t": 0.5, "p_mask": 0.5005, "dropped": False, "prompt": np.arange(SIZE) < 2, "borders": np.arange(SIZE) == 7,
+        "weight": 2.0, "noisy": np.arange(SIZE, dtype=np.uint16), "soft_ids": np.ones((SIZE, 2), np.uint16),
+        "soft_weights": np.full((SIZE, 2), 0.5, np.float32),
     }  # fmt: skip
     changes = {
         "sample_id": 6, "tokens": flipped(base["tokens"], 11), "length": 11, "mask": flipped(base["mask"], 3), "t": 0.25,
         "p_mask": 0.6, "dropped": True, "prompt": flipped(base["prompt"], 1), "borders": flipped(base["borders"], 7),
+        "weight": 2.5, "noisy": flipped(base["noisy"], 3), "soft_ids": flipped(base["soft_ids"], 2),
+        "soft_weights": np.full((SIZE, 2), 0.25, np.float32),
     }  # fmt: skip
     assert set(changes) == set(base)
     digests = [int(next(collate([{**base, name: value}], 1, PAD)).digest[0]) for name, value in changes.items()]
