@@ -23,6 +23,8 @@ from parallel.attention import Isolation, attention, rotate
 from parallel.loss import DiffusionLossOutput, check_vocab_shards, diffusion_loss
 from parallel.mesh import Mesh
 from parallel.recompute import recomputed
+from parallel.row_loss import RowLoss
+from parallel.row_loss_cross_entropy import CROSS_ENTROPY
 from parallel.sequence import gather_sequence, join_sequence, scatter_sequence
 from parallel.shape import ModelShape
 
@@ -162,9 +164,33 @@ class TransformerBlock(nn.Module):
         return x_BLH + self._leave(_project(gated, self.down_proj))
 
 
-def vocab_embedding(shape: ModelShape, mesh: Mesh) -> VocabParallelEmbedding:
-    """Token embedding whose rows are spread over the tensor-parallel ranks; ids [B, L] -> [B, L, H] on every rank."""
-    return VocabParallelEmbedding(
+class TokenEmbedding(VocabParallelEmbedding):
+    """Token embedding whose rows are spread over the tensor-parallel ranks; also of mixtures of tokens.
+
+    Both happen inside this module's forward, so parameters are gathered here and nowhere else.
+    """
+
+    def forward(self, ids: Tensor, weights_BLK: Optional[Tensor] = None) -> Tensor:
+        """ids [B, L] -> their rows [B, L, H] on every rank. With weights: ids [B, L, K] -> sum over k of weight * row.
+
+        One k at a time: [B, L, K, H] never exists, and backward keeps ids and weights alone. The sum over k and ranks is in the
+        wider of both dtypes, and rounded once.
+        """
+        if weights_BLK is None:
+            return super().forward(ids)
+        local_BLK = ids - self.vocab_start_index
+        here_BLK = (local_BLK >= 0) & (local_BLK < self.num_embeddings_per_partition)
+        local_BLK, weights_BLK = local_BLK.where(here_BLK, 0), weights_BLK.where(here_BLK, 0.0)
+        x_BLH = weights_BLK[..., :1] * F.embedding(local_BLK[..., 0], self.weight)
+        for k in range(1, ids.shape[-1]):
+            x_BLH = x_BLH + weights_BLK[..., k, None] * F.embedding(local_BLK[..., k], self.weight)
+        x_BLH = reduce_from_tensor_model_parallel_region(x_BLH, group=self.tp_group)
+        return x_BLH.to(self.weight.dtype)
+
+
+def vocab_embedding(shape: ModelShape, mesh: Mesh) -> TokenEmbedding:
+    """The embedding of this model's padded vocab, its weights not set yet."""
+    return TokenEmbedding(
         shape.padded_vocab(mesh.tp),
         shape.hidden_size,
         init_method=_unused_init,
@@ -174,13 +200,21 @@ def vocab_embedding(shape: ModelShape, mesh: Mesh) -> VocabParallelEmbedding:
 
 
 class DiffusionHead(nn.Module):
-    """The output matrix [V_local, H] and what is done with it: the fused diffusion loss, or logits for sampling.
+    """The output matrix [V_local, H] and what is done with it: the fused loss of the objective, or logits for sampling.
 
     Both happen inside this module's forward, so ZeRO-3 gathers the matrix here and nowhere else.
     """
 
-    def __init__(self, shape: ModelShape, mesh: Mesh, *, sequence_parallel: bool = False):
+    def __init__(
+        self,
+        shape: ModelShape,
+        mesh: Mesh,
+        *,
+        sequence_parallel: bool = False,
+        row_loss: RowLoss = CROSS_ENTROPY,
+    ):
         super().__init__()
+        self.row_loss = row_loss
         self.vocab_size = shape.vocab_size
         self.mesh = mesh
         self.sequence_group = mesh.tp_group if sequence_parallel else None
@@ -195,8 +229,13 @@ class DiffusionHead(nn.Module):
         masked_BL: Optional[Tensor] = None,
         weight_BL: Optional[Tensor] = None,
         normalizer: Optional[Tensor] = None,
+        current_BL: Optional[Tensor] = None,
+        alpha_BL: Optional[Tensor] = None,
     ) -> DiffusionLossOutput | Tensor:
-        """The loss (targets given; `ce` and `correct` come as [T] = [B L]) or the logits [B, L, vocab_size]."""
+        """The loss (targets given; `value`, `ce` and `correct` come as [T] = [B L]) or the logits [B, L, vocab_size].
+
+        current_BL and alpha_BL: for a row loss that needs them.
+        """
         if self.sequence_group:
             hidden_BLH = join_sequence(hidden_BLH, self.sequence_group)
         if targets_BL is not None:
@@ -211,6 +250,9 @@ class DiffusionHead(nn.Module):
                 normalizer,
                 tp_group=self.mesh.tp_group if self.mesh.tp > 1 else None,
                 vocab_size=self.vocab_size,
+                row_loss=self.row_loss,
+                current=None if current_BL is None else current_BL.flatten(),
+                alpha=None if alpha_BL is None else alpha_BL.flatten(),
             )
         local = F.linear(hidden_BLH, self.weight)
         if self.mesh.tp > 1:

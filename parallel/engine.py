@@ -12,17 +12,25 @@ from torch import Tensor, nn
 from parallel.attention import find_documents
 from parallel.boxes import Boxes
 from parallel.mesh import Mesh
+from parallel.visibility import find_visibility
 
 Microbatch = dict[str, Tensor]
 
 # The tensors of a microbatch that the model's forward takes (the rest is for metrics).
-MODEL_INPUTS = ("noisy_ids", "position_ids", "document_ids", "target_ids", "masked", "weight")
+MODEL_INPUTS = (
+    *("noisy_ids", "soft_ids", "soft_weights", "position_ids", "document_ids", "visibility"),
+    *("target_ids", "masked", "weight", "current_ids", "alpha"),
+)
+
+# Of these, what is looked at on the host before it goes to the device.
+ON_HOST = ("document_ids", "visibility")
 
 
 class LossOutput(NamedTuple):
     """What the model gives when it knows the targets. Only `loss` carries a gradient."""
 
-    loss: Tensor  # scalar: sum(weight * ce) / normalizer of the microbatch
+    loss: Tensor  # scalar: sum(weight * value) / normalizer of the microbatch
+    value: Tensor  # [B, L]: the row loss of counted tokens, without their weight, else 0
     ce: Tensor  # [B, L]: cross-entropy in nats of counted tokens, else 0
     correct: Tensor  # [B, L] bool
 
@@ -64,7 +72,7 @@ class Engine(Protocol):
     def train_step(self, microbatches: Sequence[Microbatch], normalizer: float, lr: float) -> StepResult:
         """Forward and backward of every microbatch, one clipped optimizer step.
 
-        The gradient is that of sum(weight * ce) / normalizer over ALL microbatches of ALL data-parallel ranks:
+        The gradient is that of sum(weight * value) / normalizer over ALL microbatches of ALL data-parallel ranks:
         `normalizer` is the global denominator, nothing is averaged.
         """
         ...
@@ -87,20 +95,20 @@ class Engine(Protocol):
 
 
 def model_inputs(microbatch: Microbatch, device: torch.device, normalizer: Tensor) -> dict[str, Any]:
-    """The model's keyword arguments on `device`; document_ids as parallel.attention.find_documents gives them (or None)."""
-    inputs: dict[str, Any] = {
-        k: microbatch[k].to(device) for k in MODEL_INPUTS if k in microbatch and k != "document_ids"
-    }
+    """The model's keyword arguments on `device`; document_ids and visibility as find_documents and find_visibility give them."""
+    inputs: dict[str, Any] = {k: microbatch[k].to(device) for k in MODEL_INPUTS if k in microbatch and k not in ON_HOST}
     inputs["inputs"] = inputs.pop("noisy_ids")
     if "target_ids" in inputs:
         inputs["normalizer"] = normalizer
     if "document_ids" in microbatch:
         inputs["document_ids"] = find_documents(microbatch["document_ids"], device)
+    if "visibility" in microbatch:
+        inputs["visibility"] = find_visibility(microbatch["visibility"], device)
     return inputs
 
 
 def joined_inputs(microbatches: Sequence[Microbatch], device: torch.device) -> Microbatch:
-    """The inputs of all microbatches end to end, without normalizer; document_ids where they are, for each stage to look at."""
+    """The inputs of all microbatches end to end, without normalizer; what is `ON_HOST` where it is, for each stage to look at."""
     joined = {k: torch.cat([m[k] for m in microbatches]) for k in MODEL_INPUTS if k in microbatches[0]}
     joined["inputs"] = joined.pop("noisy_ids")
-    return {k: tensor if k == "document_ids" else tensor.to(device) for k, tensor in joined.items()}
+    return {k: tensor if k in ON_HOST else tensor.to(device) for k, tensor in joined.items()}

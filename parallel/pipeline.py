@@ -25,6 +25,7 @@ from parallel.attention import find_documents
 from parallel.engine import LossOutput, Microbatch, joined_inputs, model_inputs
 from parallel.layout import Layout
 from parallel.mesh import Mesh
+from parallel.visibility import find_visibility
 
 SCHEDULE_CLASSES: dict[str, Any] = {
     "gpipe": ScheduleGPipe,
@@ -42,8 +43,10 @@ class Stage(PipelineStage):
         kwargs["normalizer"] = kwargs["normalizer"].reshape(())
         if "document_ids" in kwargs:
             kwargs["document_ids"] = find_documents(kwargs["document_ids"], self.device)
+        if "visibility" in kwargs:
+            kwargs["visibility"] = find_visibility(kwargs["visibility"], self.device)
         output = super().forward_maybe_with_nosync(*args, **kwargs)
-        return (torch.stack([output.loss]), output.ce, output.correct) if self.is_last else output
+        return (torch.stack([output.loss]), *output[1:]) if self.is_last else output
 
 
 class Pipeline:
@@ -71,8 +74,8 @@ class Pipeline:
         self._loss_scale = 1.0
         ids = torch.empty(micro_batch_size, sequence_length, dtype=torch.long, device="meta")
         hidden = torch.empty(self._hidden_shape(ids), dtype=dtype, device="meta", requires_grad=True)
-        ce = torch.empty(ids.shape, device="meta")
-        losses = (torch.empty(1, device="meta", requires_grad=True), ce, ce.bool())
+        value = torch.empty(ids.shape, device="meta")
+        losses = (torch.empty(1, device="meta", requires_grad=True), value, value, value.bool())
         self.stages = [
             stage_class(
                 module,
@@ -115,13 +118,13 @@ class Pipeline:
 
     def _share_losses(self, output: Optional[tuple[Tensor, ...]], ids: Tensor, count: int) -> list[LossOutput]:
         """The outputs of `count` microbatches on every pipeline rank: one broadcast from the rank of the last chunk."""
-        packed = torch.empty(count + 2 * ids.numel(), device=ids.device)
+        packed = torch.empty(count + 3 * ids.numel(), device=ids.device)
         if output is not None:
             torch.cat([x.detach().flatten().float() for x in output], out=packed)
         dist.broadcast(packed, self._last_rank, group=self.mesh.pp_group)
-        loss, ce, correct = packed.split([count, ids.numel(), ids.numel()])
-        shape = (count, ids.shape[0] // count, ids.shape[1])
-        return [LossOutput(*parts) for parts in zip(loss, ce.view(shape), correct.view(shape).bool())]
+        loss, tokens = packed[:count], packed[count:]
+        value, ce, correct = tokens.view(3, count, ids.shape[0] // count, ids.shape[1])
+        return [LossOutput(*parts) for parts in zip(loss, value, ce, correct.bool())]
 
     @torch.no_grad()
     def forward(self, microbatch: Microbatch) -> LossOutput | Tensor:
@@ -149,7 +152,7 @@ class Pipeline:
     def _share_last(self, output: Any, ids: Tensor, with_loss: bool) -> LossOutput | Tensor:
         have = self.layout.chunks - 1 in self.modules
         if with_loss:
-            single = (torch.stack([output.loss]), output.ce, output.correct) if have else None
+            single = (torch.stack([output.loss]), *output[1:]) if have else None
             return self._share_losses(single, ids, 1)[0]
         width = torch.tensor([output.shape[-1] if have else 0], device=ids.device)
         dist.broadcast(width, self._last_rank, group=self.mesh.pp_group)

@@ -11,9 +11,18 @@ from torch import Tensor
 
 
 def logits(
-    weights: dict[str, Tensor], shape, ids: Tensor, position_ids: Tensor, document_ids: Tensor | None = None
+    weights: dict[str, Tensor],
+    shape,
+    ids: Tensor,
+    position_ids: Tensor,
+    document_ids: Tensor | None = None,
+    visibility: Tensor | None = None,
+    mixture: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """[B, L] -> [B, L, V], every token seeing every token of its document."""
+    """[B, L] -> [B, L, V], every token seeing every token of its document, or those that `visibility` lets it.
+
+    mixture: ids and shares [B, L, K] whose embeddings are added up instead of those of `ids`.
+    """
     batch, length = ids.shape
     d = shape.hidden_size // shape.num_heads
 
@@ -29,6 +38,15 @@ def logits(
         return torch.cat((a * c - b * s, b * c + a * s), -1)
 
     x = weights["embedding.weight"][ids]
+    if mixture is not None:
+        x = (weights["embedding.weight"][mixture[0]] * mixture[1].double()[..., None]).sum(2)
+    hidden = torch.zeros(batch, length, length, dtype=torch.bool)
+    if document_ids is not None:
+        hidden |= document_ids[:, :, None] != document_ids[:, None, :]
+    if visibility is not None:
+        rank, reach, group = visibility.unbind(-1)
+        of_group = (group[:, :, None] == group[:, None, :]) & (group[:, :, None] >= 0)
+        hidden |= (rank[:, None, :] > reach[:, :, None]) & ~of_group
     for i in range(shape.num_layers):
         w = {
             k: weights[f"blocks.{i}.{k}.weight"]
@@ -52,8 +70,7 @@ def logits(
         heads = []
         for h in range(shape.num_heads):
             scores = q[:, :, h] @ k[:, :, h // group].transpose(1, 2) / d**0.5
-            if document_ids is not None:
-                scores = scores.masked_fill(document_ids[:, :, None] != document_ids[:, None, :], float("-inf"))
+            scores = scores.masked_fill(hidden, float("-inf"))
             heads.append(scores.softmax(-1) @ v[:, :, h // group])
         x = x + torch.cat(heads, -1) @ w["o_proj"].T
         y = norm(x, w["ffn_norm"])
@@ -63,11 +80,28 @@ def logits(
     return norm(x, weights["final_norm.weight"]) @ head.T
 
 
-def loss(weights: dict[str, Tensor], shape, batch: dict[str, Tensor], normalizer: float) -> Tensor:
-    """sum over masked tokens of weight * cross-entropy, divided by the normaliser."""
-    z = logits(weights, shape, batch["noisy_ids"], batch["position_ids"], batch["document_ids"])
-    ce = F.cross_entropy(z.flatten(0, 1), batch["target_ids"].flatten(), reduction="none").view_as(batch["weight"])
-    return (ce * batch["weight"].double() * batch["masked"]).sum() / normalizer
+def loss(weights: dict[str, Tensor], shape, batch: dict[str, Tensor], normalizer: float, values=None) -> Tensor:
+    """sum over masked tokens of weight * value, divided by the normaliser.
+
+    values: (probabilities [n, V], target, current, alpha [n]) -> [n]; None: cross-entropy.
+    """
+    mixture = (batch["soft_ids"], batch["soft_weights"]) if "soft_ids" in batch else None
+    z = logits(
+        weights,
+        shape,
+        batch["noisy_ids"],
+        batch["position_ids"],
+        batch["document_ids"],
+        batch.get("visibility"),
+        mixture,
+    ).flatten(0, 1)
+    target = batch["target_ids"].flatten()
+    if values is None:
+        value = F.cross_entropy(z, target, reduction="none")
+    else:
+        alpha = batch["alpha"].flatten().double() if "alpha" in batch else None
+        value = values(z.softmax(-1), target, batch["noisy_ids"].flatten(), alpha)
+    return (value.view_as(batch["weight"]) * batch["weight"].double() * batch["masked"]).sum() / normalizer
 
 
 class AdamW:

@@ -19,14 +19,18 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
-from parallel import loss as loss_module
+from parallel import row_loss as exchange
 from parallel.loss import DiffusionLossOutput, check_vocab_shards, diffusion_loss
+from parallel.row_loss import RowLoss
+from parallel.row_losses import row_loss
+from tests.parallel import row_loss_reference
 
 TP_SIZES = (2, 3, 4)
 TOKENS, HIDDEN, CHUNK = 96, 16, 20
+CROSS_ENTROPY = row_loss("cross_entropy")
+ROW_LOSSES = (CROSS_ENTROPY, row_loss("uniform"), row_loss("symmetric_kl", 0.1))
 
 
 class Tp(NamedTuple):
@@ -44,6 +48,8 @@ class Case(NamedTuple):
     masked: Tensor
     loss_weight: Tensor
     vocab_size: int
+    current: Tensor
+    alpha: Tensor
 
 
 class Result(NamedTuple):
@@ -60,31 +66,32 @@ def make_case(tp: Tp, dtype: torch.dtype, vocab: int = 250, shard_rows: int = 0,
     masked = torch.rand(TOKENS, generator=generator) < masked_fraction
     targets = torch.randint(0, vocab, (TOKENS,), generator=generator)
     targets[::2] = (hidden.double() @ weight[:vocab].double().t()).argmax(1)[::2]
-    return Case(hidden, weight, targets, masked, 1 / torch.rand(TOKENS, generator=generator).clamp_min(0.02), vocab)
+    loss_weight = 1 / torch.rand(TOKENS, generator=generator).clamp_min(0.02)
+    current = torch.randint(0, vocab, (TOKENS,), generator=generator)
+    current[::3] = targets[::3]
+    alpha = torch.rand(TOKENS, generator=generator).clamp(0.02, 0.98)
+    return Case(hidden, weight, targets, masked, loss_weight, vocab, current, alpha)
 
 
-def run(case: Case, tp: Tp, factor: float = 1.0) -> Result:
+def run(case: Case, tp: Tp, factor: float = 1.0, kind: RowLoss = CROSS_ENTROPY) -> Result:
     hidden = case.hidden.clone().requires_grad_()
     weight = case.full_weight.chunk(tp.ranks)[tp.rank].clone().requires_grad_()
     output = diffusion_loss(
         hidden, weight, case.targets, case.masked, case.loss_weight, 2.0 * TOKENS,
         tp_group=tp.group, vocab_size=case.vocab_size, chunk_rows=CHUNK,
+        row_loss=kind, current=case.current, alpha=case.alpha,
     )  # fmt: skip
     (output.loss * factor).backward()
     return Result(output, hidden.grad, weight.grad)
 
 
-def dense(case: Case, tp: Tp) -> Result:
-    """Float64 logits over the whole vocab on every rank; the weight gradient cut to this rank's rows."""
-    hidden = case.hidden.to(torch.float64, copy=True).requires_grad_()
-    weight = case.full_weight.to(torch.float64, copy=True).requires_grad_()
-    logits = hidden @ weight[: case.vocab_size].t()
-    ce = torch.where(case.masked, F.cross_entropy(logits, case.targets, reduction="none"), 0)
-    loss = (ce * case.loss_weight.double()).sum() / (2.0 * TOKENS)
-    loss.backward()
-    correct = (logits.argmax(1) == case.targets) & case.masked
-    output = DiffusionLossOutput(loss.detach(), ce.detach(), correct)
-    return Result(output, hidden.grad, weight.grad.chunk(tp.ranks)[tp.rank])
+def dense(case: Case, tp: Tp, kind: RowLoss = CROSS_ENTROPY) -> Result:
+    """Float64 softmax over the whole vocab on every rank; the weight gradient cut to this rank's rows."""
+    values = row_loss_reference.VALUES[type(kind)]
+    noisy = row_loss_reference.Noisy(*case[:5], 2.0 * TOKENS, *case[5:])
+    want = row_loss_reference.dense(noisy, values, kind)
+    output = DiffusionLossOutput(want.loss, want.value, want.ce, want.correct)
+    return Result(output, want.hidden, want.weight.chunk(tp.ranks)[tp.rank])
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -100,7 +107,12 @@ def same_on_all_ranks(tensor: Tensor, tp: Tp) -> bool:
     return all(torch.equal(other, mine) for other in gathered)
 
 
-BOUNDS = {  # loss and ce, hidden gradient, weight gradient
+BOUNDS = {  # loss, value and ce; hidden gradient; weight gradient
+    torch.float64: (1e-10, 1e-10, 1e-10),
+    torch.float32: (3e-6, 3e-6, 3e-6),
+    torch.bfloat16: (3e-6, 2**-8, 2**-8),
+}
+CROSS_ENTROPY_BOUNDS = {
     torch.float64: (1e-12, 1e-12, 1e-12),
     torch.float32: (1e-6, 2e-6, 2e-6),
     torch.bfloat16: (1e-6, 2**-8, 2**-8),
@@ -108,36 +120,40 @@ BOUNDS = {  # loss and ce, hidden gradient, weight gradient
 
 
 def equals_dense(tp: Tp) -> None:
-    for dtype, bounds in BOUNDS.items():
-        for masked_fraction in (0.5, 1.0):
-            case = make_case(tp, dtype, masked_fraction=masked_fraction)
-            got, want = run(case, tp), dense(case, tp)
-            assert 0 < want.output.correct.sum() < case.masked.sum()
-            found = (distance(got.output.loss, want.output.loss), distance(got.hidden, want.hidden))
-            found += (distance(got.weight, want.weight), distance(got.output.ce, want.output.ce))
-            limits = (bounds[0], bounds[1], bounds[2], bounds[0])
-            assert all(f <= limit for f, limit in zip(found, limits, strict=True)), (dtype, found)
-            assert torch.equal(got.output.correct, want.output.correct), dtype
+    for kind in ROW_LOSSES:
+        for dtype, bounds in (CROSS_ENTROPY_BOUNDS if kind is CROSS_ENTROPY else BOUNDS).items():
+            for masked_fraction in (0.5, 1.0):
+                case = make_case(tp, dtype, masked_fraction=masked_fraction)
+                got, want = run(case, tp, kind=kind), dense(case, tp, kind)
+                assert 0 < want.output.correct.sum() < case.masked.sum()
+                found = [distance(a, b) for a, b in zip(got.output[:3], want.output[:3], strict=True)]
+                found += [distance(got.hidden, want.hidden), distance(got.weight, want.weight)]
+                limits = (bounds[0], bounds[0], bounds[0], bounds[1], bounds[2])
+                assert all(f <= limit for f, limit in zip(found, limits, strict=True)), (kind, dtype, found)
+                assert torch.equal(got.output.correct, want.output.correct), (kind, dtype)
 
 
 def bits_are_equal_on_all_ranks_and_runs(tp: Tp) -> None:
-    for dtype in BOUNDS:
-        case = make_case(tp, dtype)
-        first, second = run(case, tp), run(case, tp)
-        for tensor in (*first.output, first.hidden):
-            assert same_on_all_ranks(tensor, tp), dtype
-        for a, b in zip((*first.output, *first[1:]), (*second.output, *second[1:]), strict=True):
-            assert torch.equal(a, b), dtype
+    for kind in ROW_LOSSES:
+        for dtype in BOUNDS:
+            case = make_case(tp, dtype)
+            first, second = run(case, tp, kind=kind), run(case, tp, kind=kind)
+            for tensor in (*first.output, first.hidden):
+                assert same_on_all_ranks(tensor, tp), (kind, dtype)
+            for a, b in zip((*first.output, *first[1:]), (*second.output, *second[1:]), strict=True):
+                assert torch.equal(a, b), (kind, dtype)
 
 
 def a_shard_of_nothing_but_padding_is_exact_and_gets_no_gradient(tp: Tp) -> None:
     shard_rows = 64
     case = make_case(tp, torch.float64, vocab=shard_rows * (tp.ranks - 1) - 3, shard_rows=shard_rows)
-    got, want = run(case, tp), dense(case, tp)
-    assert distance(got.output.loss, want.output.loss) < 1e-12 and distance(got.hidden, want.hidden) < 1e-12
-    assert distance(got.weight, want.weight) < 1e-12
-    padding = torch.arange(tp.rank * shard_rows, (tp.rank + 1) * shard_rows) >= case.vocab_size
-    assert not got.weight[padding].any() and padding.all() == (tp.rank == tp.ranks - 1)
+    for kind in ROW_LOSSES:
+        got, want = run(case, tp, kind=kind), dense(case, tp, kind)
+        close = 1e-12 if kind is CROSS_ENTROPY else 1e-10
+        assert distance(got.output.loss, want.output.loss) < close and distance(got.hidden, want.hidden) < close
+        assert distance(got.weight, want.weight) < close
+        padding = torch.arange(tp.rank * shard_rows, (tp.rank + 1) * shard_rows) >= case.vocab_size
+        assert not got.weight[padding].any() and padding.all() == (tp.rank == tp.ranks - 1)
 
 
 def ties_across_shards_go_to_the_lowest_token_id(tp: Tp) -> None:
@@ -158,14 +174,16 @@ def ties_across_shards_go_to_the_lowest_token_id(tp: Tp) -> None:
 
 def grad_output_scales_every_gradient(tp: Tp) -> None:
     case = make_case(tp, torch.float64)
-    plain, scaled = run(case, tp), run(case, tp, factor=-0.37)
-    assert distance(scaled.hidden, plain.hidden * -0.37) < 1e-15
-    assert distance(scaled.weight, plain.weight * -0.37) < 1e-15
+    for kind in ROW_LOSSES:
+        plain, scaled = run(case, tp, kind=kind), run(case, tp, factor=-0.37, kind=kind)
+        assert distance(scaled.hidden, plain.hidden * -0.37) < 1e-15
+        assert distance(scaled.weight, plain.weight * -0.37) < 1e-15
 
 
 def one_gather_and_one_reduction_a_chunk_and_none_without_masked_rows(tp: Tp) -> None:
+    """Two gathers for the losses of the whole distribution: they need the softmax's normaliser before their sums."""
     calls: list[str] = []
-    gather, reduce = loss_module._all_gather, dist.all_reduce
+    gather, reduce = exchange.all_gather, dist.all_reduce
 
     def counted(name: str, collective: Callable) -> Callable:
         def call(*args, **kwargs):
@@ -175,12 +193,14 @@ def one_gather_and_one_reduction_a_chunk_and_none_without_masked_rows(tp: Tp) ->
         return call
 
     try:
-        loss_module._all_gather, dist.all_reduce = counted("gather", gather), counted("reduce", reduce)
+        exchange.all_gather, dist.all_reduce = counted("gather", gather), counted("reduce", reduce)
         case = make_case(tp, torch.float32)
-        run(case, tp)
         chunks = -(-int(case.masked.sum()) // CHUNK)
-        assert chunks > 1 and calls == ["gather", "reduce"] * chunks, calls
-        calls.clear()
+        for kind in ROW_LOSSES:
+            run(case, tp, kind=kind)
+            gathers = ["gather"] * (1 if kind is CROSS_ENTROPY else 2)
+            assert chunks > 1 and calls == [*gathers, "reduce"] * chunks, calls
+            calls.clear()
         with torch.no_grad():
             weight = case.full_weight.chunk(tp.ranks)[tp.rank].requires_grad_()
             arguments = (case.hidden, weight, case.targets, case.masked, case.loss_weight, 1.0)
@@ -191,7 +211,7 @@ def one_gather_and_one_reduction_a_chunk_and_none_without_masked_rows(tp: Tp) ->
         assert not calls and empty.output.loss == 0 and not empty.hidden.any() and not empty.weight.any()
         assert empty.weight.shape == (case.full_weight.shape[0] // tp.ranks, HIDDEN)
     finally:
-        loss_module._all_gather, dist.all_reduce = gather, reduce
+        exchange.all_gather, dist.all_reduce = gather, reduce
 
 
 def broken_rows_are_non_finite_on_every_rank(tp: Tp) -> None:
@@ -201,8 +221,17 @@ def broken_rows_are_non_finite_on_every_rank(tp: Tp) -> None:
     lost[row] = case.vocab_size  # a padding id: no rank has it
     spoiled = case.full_weight.clone()
     spoiled[case.vocab_size - 1, 0] = torch.nan  # one logit a row, on one rank only
-    for broken in (case._replace(targets=lost), case._replace(full_weight=spoiled)):
-        got = run(broken, tp)
+    gone = case.current.clone()
+    gone[row] = case.vocab_size
+    uniform = row_loss("uniform")
+    cases = [
+        (c, kind) for kind in ROW_LOSSES for c in (case._replace(targets=lost), case._replace(full_weight=spoiled))
+    ]
+    for broken, kind in [*cases, (case._replace(current=gone), uniform)]:
+        got = run(broken, tp, kind=kind)
+        if kind is uniform and broken.current is gone:
+            assert got.output.value[row].isnan() and got.hidden[row].isnan().all() and got.weight.isnan().any()
+            continue
         assert not got.output.loss.isfinite() and got.hidden[row].isnan().all() and not got.output.correct[row]
         assert got.weight.isnan().any()
 

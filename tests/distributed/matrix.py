@@ -15,13 +15,18 @@ KINDS = ("z0", "z1", "z2", "z3", "fsdp2")
 
 @dataclass(frozen=True)
 class Cell:
-    """One layout to prove. micro_batch: samples a rank computes at once. packed: several isolated documents in every sample."""
+    """One layout to prove.
+
+    micro_batch: samples a rank computes at once. packed: several isolated documents in every sample. kind: the objective, of
+    matrix_case.FORMS.
+    """
 
     world: int
     layout: Layout
     micro_batch: int = 1
     tied: bool = False
     packed: bool = False
+    kind: str = "masked"
 
     @property
     def name(self) -> str:
@@ -35,6 +40,7 @@ class Cell:
         words += [f"recompute {lay.activation_checkpointing}"] if lay.activation_checkpointing != "none" else []
         words += ["tied"] if self.tied else []
         words += ["packed"] if self.packed else []
+        words += [self.kind] if self.kind != "masked" else []
         return " ".join([*words, f"x{case.accumulation}"])
 
     @property
@@ -46,7 +52,7 @@ class Cell:
             self.layout,
             matrix_case.GLOBAL_BATCH,
             self.micro_batch,
-            matrix_case.LENGTH,
+            matrix_case.columns(self.kind),
         )
 
     def covers(self) -> set[tuple[str, ...]]:
@@ -113,6 +119,22 @@ def _packed() -> list[Cell]:
     ]
 
 
+def _objectives() -> list[Cell]:
+    """Every objective under both engines, over tensor parallel ranks and stages; the first cell of each runs in `make test`."""
+    both = {"pipeline": 2, "schedule": "interleaved", **SP, "activation_checkpointing": "selective"}
+    kinds = [kind for kind in matrix_case.FORMS if kind != "masked"]
+    first = {kind: ("z3", "fsdp2")[i % 2] for i, kind in enumerate(kinds)}
+    return [
+        cell
+        for kind in kinds
+        for cell in (
+            Cell(2, _layout(first[kind], tensor=2), micro_batch=4, kind=kind),
+            Cell(2, _layout("fsdp2", pipeline=2), micro_batch=2, kind=kind),
+            *(Cell(4, _layout(engine, **both), micro_batch=2, kind=kind) for engine in ("z3", "fsdp2")),
+        )
+    ]
+
+
 def schedules_of(kind: str) -> tuple[str, ...]:
     return SCHEDULES if kind == "fsdp2" else tuple(s for s in SCHEDULES if s not in ZERO_BUBBLE)
 
@@ -125,7 +147,7 @@ CELLS: tuple[Cell, ...] = tuple(
         *(cell for schedule in schedules_of(kind) for cell in _pipelined(kind, schedule)),
         *_special(kind),
     )
-) + tuple(_packed())
+) + tuple(_packed() + _objectives())
 
 
 def everyday() -> list[Cell]:
@@ -148,4 +170,5 @@ def _pieces(cell: Cell) -> set[tuple[str, ...]]:
         ("tensor", mode),
         *(("feature", f) for _, f in features(cell.case)),
         *([("packed", cell.name)] if cell.packed and cell.world == 2 else []),
+        *([("objective", cell.kind)] if cell.layout.tensor == 2 and cell.world == 2 else []),
     }

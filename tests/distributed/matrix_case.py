@@ -12,11 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from data.batch import PADDING_DOCUMENT, DiffusionBatch, expand
+from data.batch import PADDING_DOCUMENT, DiffusionBatch, Form, expand
+from data.flow import FlowOptions
 from data.loader import Slice, StageOptions, training_batches
 from data.masking import MaskingOptions
 from data.stream import BlockStream
 from parallel.initialise import rows
+from parallel.row_loss import RowLoss
+from parallel.row_losses import row_loss
 from parallel.shape import ModelShape, parameter_table
 from pretrain.config import ModelConfig
 from pretrain.model import model_shape
@@ -35,17 +38,64 @@ SECOND_DOCUMENT = 5  # where it begins, in every third sample
 PACKED = ((5, 1, 4, 2), (3, 9), (12,), (1, 1, 6, 4), (7, 5))
 
 
+BLOCK = 4
+# Objectives: how a batch looks, what a token costs, and how far attention looks ahead.
+FORMS = {
+    "masked": Form(),
+    "block": Form("block", block_size=BLOCK),
+    "uniform": Form("uniform"),
+    "flow": Form("flow"),
+    "autoregressive": Form("autoregressive", start_id=PAD),
+    "shift": Form(shift=True, per_answer=True),
+}
+LOOKAHEAD = {"shift": 3}
+SMOOTHING = 0.1
+
+
+def row_loss_of(kind: str) -> RowLoss:
+    """What a token costs."""
+    return row_loss({"uniform": "uniform", "flow": "symmetric_kl"}.get(kind, "cross_entropy"), SMOOTHING)
+
+
+def columns(kind: str) -> int:
+    """Columns of a row that the model computes."""
+    return LENGTH * FORMS[kind].copies
+
+
+def stage_options(kind: str, seed: int) -> StageOptions:
+    unit, size = ("block", BLOCK) if kind == "block" else ("sequence", 0)
+    return StageOptions(
+        MaskingOptions(seed, GLOBAL_BATCH, eps=0.05, unit=unit, block_size=size)
+        if kind != "masked"
+        else MaskingOptions(seed, GLOBAL_BATCH),
+        random_length_prob=0.3,
+        kind=FORMS[kind].kind,
+        shift=FORMS[kind].shift,
+        vocab_size=MODEL.vocab_size,
+        # A temperature at which several candidates share the input.
+        flow=FlowOptions(MODEL.vocab_size, temperature=(0.3, 0.3), candidates=3),
+    )
+
+
 def batches(
-    dp_rank: int = 0, dp_size: int = 1, micro_batch: int = GLOBAL_BATCH, seed: int = SEED, packed: bool = False
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    micro_batch: int = GLOBAL_BATCH,
+    seed: int = SEED,
+    packed: bool = False,
+    kind: str = "masked",
 ):
     """This rank's microbatches of each step (lists of DiffusionBatch), from the product's own stream.
 
-    packed: several documents in every sample, positions counted anew in each.
+    packed: several documents in every sample, positions counted anew in each. kind: the objective, of FORMS.
     """
-    options = StageOptions(MaskingOptions(seed, GLOBAL_BATCH), random_length_prob=0.3)
+    options = stage_options(kind, seed)
     part = Slice(GLOBAL_BATCH, micro_batch, dp_rank, dp_size)
     stream = BlockStream(Store(), LENGTH, SEED, segment_tokens=64)
-    groups = [[expand(c, MASK) for c in group] for group in training_batches(stream, options, part, PAD, steps=STEPS)]
+    groups = [
+        [expand(c, MASK, FORMS[kind], LOOKAHEAD.get(kind)) for c in group]
+        for group in training_batches(stream, options, part, PAD, steps=STEPS)
+    ]
     for step, group in enumerate(groups):
         for batch in group:
             (_pack_documents if packed else _cut_documents)(batch)
@@ -74,9 +124,9 @@ def _pack_documents(batch: DiffusionBatch) -> None:
 
 
 @functools.cache
-def normalizers() -> list[float]:
+def normalizers(kind: str = "masked") -> list[float]:
     """Loss-eligible tokens of the global batch of each step."""
-    return [float(sum(b.eligible.sum() for b in group)) for group in batches()]
+    return [float(sum(b.eligible.sum() for b in group)) for group in batches(kind=kind)]
 
 
 def shape_of(tied: bool) -> ModelShape:
@@ -95,8 +145,13 @@ class Truth:
 
 
 @functools.cache
-def truth(tied: bool = False, packed: bool = False) -> Truth:
+def truth(tied: bool = False, packed: bool = False, kind: str = "masked") -> Truth:
     """The reference run."""
+    from tests.parallel.row_loss_reference import VALUES
+
+    chosen, values = row_loss_of(kind), None
+    if kind in ("uniform", "flow"):
+        values = functools.partial(VALUES[type(chosen)], kind=chosen)
     shape = shape_of(tied)
     weights = {
         name: rows(name, spec, SEED, 0, spec.shape[0]).double().requires_grad_()
@@ -104,8 +159,8 @@ def truth(tied: bool = False, packed: bool = False) -> Truth:
     }
     optimizer = reference_model.AdamW(weights, BETAS, EPS, DECAY, CLIP)
     losses, norms, gradients, masked = [], [], [], []
-    for group, count in zip(batches(packed=packed), normalizers()):
-        value = sum(reference_model.loss(weights, shape, b.tensors(), count) for b in group)
+    for group, count in zip(batches(packed=packed, kind=kind), normalizers(kind)):
+        value = sum(reference_model.loss(weights, shape, b.tensors(), count, values) for b in group)
         found = reference_model.gradients(weights, value)
         losses.append(value.item())
         norms.append(optimizer.step(found, LR))

@@ -19,6 +19,8 @@ from tests.distributed.matrix import Cell
 
 # What is measured, and the largest relative error that counts as equal.
 BOUNDS = {"loss": 1e-6, "norm": 1e-6, "gradient": 1e-5, "weight": 1e-5, "moment": 1e-5}
+# float32 alone, in one process without any layout, is off by 1.2e-5 in one gradient of this objective's problem.
+ROUNDING = {"autoregressive": 2.0}
 START_SECONDS = 400  # imports of many ranks on few cores
 NO_RESULT = "no result"
 
@@ -101,6 +103,7 @@ def _plain(index: int, cell: Cell, mutant: Optional[str]) -> dict[str, Any]:
         "micro_batch": cell.micro_batch,
         "tied": cell.tied,
         "packed": cell.packed,
+        "kind": cell.kind,
         "bf16": False,
         "mutant": mutant,
     }
@@ -143,7 +146,7 @@ def _read(folder: Path, index: int, world: int) -> list[dict[str, Any]]:
 
 def compare(cell: Cell, mutant: Optional[str], found: list[dict[str, Any]]) -> Outcome:
     """What the ranks of one cell found, against the reference. found: as matrix_worker writes it, in rank order."""
-    truth = matrix_case.truth(cell.tied, cell.packed)
+    truth = matrix_case.truth(cell.tied, cell.packed, cell.kind)
     outcome = Outcome(cell, mutant)
     errors: dict[str, list[tuple[float, str]]] = {measure: [] for measure in BOUNDS}
     for step, (loss, norm) in enumerate(zip(truth.losses, truth.norms)):
@@ -160,6 +163,7 @@ def compare(cell: Cell, mutant: Optional[str], found: list[dict[str, Any]]) -> O
     errors["weight"] = [(error, where) for error, where in state if where.startswith("weight/")]
     errors["moment"] = [(error, where) for error, where in state if not where.startswith("weight/")]
     for measure, bound in BOUNDS.items():
+        bound *= ROUNDING.get(cell.kind, 1.0)
         worst, where = max(errors[measure], key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0])
         outcome.errors[measure] = worst
         if not worst <= bound:

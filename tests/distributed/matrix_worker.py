@@ -1,7 +1,7 @@
 """One rank that solves cells of the parity matrix one after another: python -m tests.distributed.matrix_worker FOLDER.
 
-FOLDER/cells.json: a list of {"layout": Layout fields, "micro_batch", "tied", "packed", "bf16", "mutant"}. For cell I rank R writes
-FOLDER/I-R.pt: its place, losses, norms, masks, every gradient and the end state as the boxes that it holds; or, if anything is
+FOLDER/cells.json: a list of {"layout": Layout fields, "micro_batch", "tied", "packed", "kind", "bf16", "mutant"}. For cell I rank R
+writes FOLDER/I-R.pt: its place, losses, norms, masks, every gradient and the end state as the boxes it holds; or, if anything is
 raised, FOLDER/I-R.error and ends: its peers may wait in a collective that it never entered.
 """
 
@@ -47,16 +47,18 @@ def solve(cell: dict[str, Any], timeout_seconds: int) -> dict[str, Any]:
     layout = Layout(**fields | {"layers_per_stage": tuple(fields.get("layers_per_stage", ()))})
     mesh = build_mesh(layout.tensor, layout.pipeline, layout.shard_group, timeout_seconds=timeout_seconds)
     micro_batch = cell["micro_batch"]
-    groups = case.batches(mesh.dp_rank, mesh.dp, micro_batch, packed=cell["packed"])
+    groups = case.batches(mesh.dp_rank, mesh.dp, micro_batch, packed=cell["packed"], kind=cell["kind"])
     engine: Any = build_engine(
-        build_chunks(replace(case.MODEL, tie_embeddings=cell["tied"]), mesh, layout, case.SEED),
+        build_chunks(
+            replace(case.MODEL, tie_embeddings=cell["tied"]), mesh, layout, case.SEED, case.row_loss_of(cell["kind"])
+        ),
         case.shape_of(cell["tied"]),
         mesh,
         layout,
         optimizer=AdamWOptions("torch", case.BETAS, case.EPS, case.DECAY),
         micro_batch_size=micro_batch,
         accumulation=len(groups[0]),
-        sequence_length=case.LENGTH,
+        sequence_length=case.columns(cell["kind"]),
         grad_clip=case.CLIP,
         bf16=cell["bf16"],
     )

@@ -36,8 +36,8 @@ def documents_of(ids: Tensor) -> Documents:
     return found
 
 
-def flash_contract(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int) -> Tensor:
-    """softmax written out, sequence by sequence, head by head, as FlashAttention's documentation words it."""
+def flash_contract(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, ahead: int | None = None) -> Tensor:
+    """softmax written out, sequence by sequence, head by head, as FlashAttention's documentation words it; window (-1, ahead)."""
     outputs = []
     for begin, end in itertools.pairwise(bounds.tolist()):
         assert 0 <= end - begin <= longest
@@ -45,6 +45,9 @@ def flash_contract(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int
         for head in range(q.shape[1]):
             shared = head * k.shape[1] // q.shape[1]
             scores = q[begin:end, head] @ k[begin:end, shared].T / q.shape[-1] ** 0.5
+            if ahead is not None:
+                off = torch.arange(end - begin) - torch.arange(end - begin)[:, None]
+                scores = scores.masked_fill(off > ahead, float("-inf"))
             heads.append(scores.softmax(-1) @ v[begin:end, shared])
         outputs.append(torch.stack(heads, 1))
     return torch.cat(outputs)
@@ -66,7 +69,7 @@ compiled_attention = torch.compile(attention, backend="aot_eager", fullgraph=Tru
 
 
 def compiled(q, k, v, ids):
-    return compiled_attention(q, k, v, documents_of(ids))
+    return compiled_attention(q, k, v, keep_apart(documents_of(ids), None, q.dtype, HEAD_DIM, compiled=True))
 
 
 @pytest.fixture(autouse=True)
@@ -188,10 +191,11 @@ def test_bounds_are_exactly_the_documents_of_random_rows_by_enumeration():
 
 def test_a_document_whose_tokens_are_not_together_gets_a_mask_and_stays_one():
     found = documents_of(SCATTERED)
-    isolation = keep_apart(found, torch.float32, HEAD_DIM)
+    isolation = keep_apart(found, None, torch.float32, HEAD_DIM)
     assert found.bounds is None
-    assert isinstance(isolation, Tensor) and isolation.dtype == torch.bool and isolation.shape == (4, 1, 12, 12)
-    assert torch.equal(isolation[:, 0], SCATTERED[:, :, None] == SCATTERED[:, None, :])
+    assert isinstance(isolation, Tensor) and isolation.dtype == torch.float32 and isolation.shape == (4, 1, 12, 12)
+    assert torch.equal(isolation[:, 0].exp() == 1, SCATTERED[:, :, None] == SCATTERED[:, None, :])
+    assert (isolation.exp() % 1 == 0).all()  # 0 or -inf is added to the scores
     same_ids_in_two_rows = torch.tensor([[0, 0, 1], [0, 1, 1]])
     assert documents_of(same_ids_in_two_rows).bounds is not None
 
@@ -199,14 +203,14 @@ def test_a_document_whose_tokens_are_not_together_gets_a_mask_and_stays_one():
 def test_samples_of_one_document_need_no_isolation():
     for ids in (torch.zeros(3, 4), torch.tensor([[5] * 4, [-1] * 4, [0] * 4])):
         assert find_documents(ids.int(), CPU) is None
-    assert keep_apart(None, torch.bfloat16, 64) is None
+    assert keep_apart(None, None, torch.bfloat16, 64) is None
 
 
 def test_nothing_is_read_back_from_the_device():
     """A meta tensor holds no values: whoever read one would raise."""
     found = find_documents(ROWS, torch.device("meta"))
     assert found is not None and found.ids.is_meta and found.bounds.is_meta
-    isolation = keep_apart(found, torch.bfloat16, HEAD_DIM)
+    isolation = keep_apart(found, None, torch.bfloat16, HEAD_DIM)
     assert isolation.is_meta and isolation.shape == (4, 1, 12, 12)
     q, k, v = (x.detach().to("meta") for x in inputs(torch.bfloat16))
     assert attention(q, k, v, isolation).shape == q.shape
@@ -262,27 +266,27 @@ def test_a_kernel_that_is_right_passes_the_probe():
         assert kernel_fault(flash_contract, CPU, torch.bfloat16, 16) == ""
 
 
-def whole_row(q, k, v, bounds, longest):
+def whole_row(q, k, v, bounds, longest, ahead):
     return flash_contract(q, k, v, torch.tensor([0, len(q)]), len(q))
 
 
-def one_late(q, k, v, bounds, longest):
+def one_late(q, k, v, bounds, longest, ahead):
     return flash_contract(q, k, v, (bounds + 1).clamp(max=len(q)) * (bounds > 0), longest)
 
 
-def other_groups(q, k, v, bounds, longest):
+def other_groups(q, k, v, bounds, longest, ahead):
     return flash_contract(q, *(x.flip(1) for x in (k, v)), bounds, longest)
 
 
-def no_gradient_at_keys(q, k, v, bounds, longest):
+def no_gradient_at_keys(q, k, v, bounds, longest, ahead):
     return flash_contract(q, k.detach() + 0 * k, v, bounds, longest)
 
 
-def not_a_number(q, k, v, bounds, longest):
+def not_a_number(q, k, v, bounds, longest, ahead):
     return flash_contract(q, k, v, bounds, longest) * float("nan")
 
 
-def raises(q, k, v, bounds, longest):
+def raises(q, k, v, bounds, longest, ahead):
     raise RuntimeError("FlashAttention only supports\nAmpere GPUs or newer.")
 
 
@@ -318,7 +322,7 @@ def test_on_a_gpu_varlen_attn_is_chosen_and_no_other_document_moves_a_bit(backen
     cuda = torch.device("cuda")
     assert kernel_fault(product._varlen, cuda, torch.bfloat16, head_dim) == ""
     ids = torch.tensor([[0] * 300 + [1] + [2] * 500 + [-1] * 223] * 2, dtype=torch.int32)
-    found = keep_apart(find_documents(ids, cuda), torch.bfloat16, head_dim)
+    found = keep_apart(find_documents(ids, cuda), None, torch.bfloat16, head_dim)
     assert isinstance(found, Documents)
     q, k, v = (torch.randn(2, n, 1024, head_dim, device=cuda).bfloat16() for n in (4, kv_heads, kv_heads))
     out = attention(q, k, v, found)

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from parallel import loss as loss_module
+from parallel import row_loss_cross_entropy as kernels_module
 from parallel.loss import DiffusionLossOutput, check_vocab_shards, diffusion_loss
 
 
@@ -77,7 +78,7 @@ def dense(case: Case) -> Gradients:
     loss = (ce * case.loss_weight.double()).sum() / case.normalizer
     loss.backward()
     correct = (logits.argmax(1) == case.targets) & case.masked
-    return Gradients(DiffusionLossOutput(loss.detach(), ce.detach(), correct), hidden.grad, weight.grad)
+    return Gradients(DiffusionLossOutput(loss.detach(), ce.detach(), ce.detach(), correct), hidden.grad, weight.grad)
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -89,6 +90,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 def assert_close(got: Gradients, want: Gradients, output: float, hidden: float, weight: float) -> None:
     assert distance(got.output.loss, want.output.loss) <= output
     assert distance(got.output.ce, want.output.ce) <= output
+    assert torch.equal(got.output.value, got.output.ce)
     assert torch.equal(got.output.correct, want.output.correct)
     assert got.hidden.shape == want.hidden.shape and distance(got.hidden, want.hidden) <= hidden
     assert got.weight.shape == want.weight.shape and distance(got.weight, want.weight) <= weight
@@ -342,8 +344,8 @@ def test_arguments_that_cannot_be_right_are_refused_with_their_numbers():
     check_vocab_shards(256, 251)
 
 
-IN_PLACE = loss_module._Kernels(loss_module._statistics_in_place, loss_module._gradient_in_place)
-FUSED = loss_module._Kernels(loss_module._statistics_fused, loss_module._gradient_fused)
+IN_PLACE = kernels_module._Kernels(kernels_module._statistics_in_place, kernels_module._gradient_in_place)
+FUSED = kernels_module._Kernels(kernels_module._statistics_fused, kernels_module._gradient_fused)
 
 
 @pytest.mark.parametrize("kernels", [IN_PLACE, FUSED], ids=["in_place", "fused"])
@@ -373,7 +375,7 @@ def test_the_fused_kernels_obey_the_dense_definition_in_one_graph_for_all_row_co
 
     torch._dynamo.reset()
     compiled = [torch.compile(kernel, dynamic=True, fullgraph=True, backend=backend) for kernel in FUSED]
-    monkeypatch.setattr(loss_module, "_kernels", lambda device: loss_module._Kernels(*compiled))
+    monkeypatch.setattr(kernels_module, "_kernels", lambda device: kernels_module._Kernels(*compiled))
     for tokens in (40, 192, 310):
         case = make_case(torch.float32, tokens=tokens)
         assert_close(run(case, chunk_rows=128), dense(case), *BOUNDS[torch.float32])
