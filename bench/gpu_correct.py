@@ -14,7 +14,8 @@ from torch import Tensor
 
 from bench.gpu_cases import BACKENDS, CorrectCase, correct_cases, sight_label
 from bench.gpu_task import Work, attention_backend, forget_compiled
-from data.batch import CompactBatch, DiffusionBatch, expand
+from data.batch import DiffusionBatch, expand
+from data.compact import CompactBatch
 from parallel.engine import model_inputs
 from parallel.mesh import Mesh, build_mesh
 from parallel.shape import ModelShape, parameter_table

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data.batch import CompactBatch
+from data.compact import CompactBatch
 from data.errors import InputError, ShardError
 from data.mixture import Mixture
 from data.stream import BlockStream

@@ -23,6 +23,8 @@ usage: python -m pretrain COMMAND [options]        (COMMAND --help shows the opt
   train       train a model; on an existing run       train --config configs/quickstart.yaml [--section.key value ...]
               folder it goes on where it stopped      (several ranks: torchrun --nproc-per-node 2 -m pretrain train ...)
   sample      text from a checkpoint, shown live      sample --run runs/quickstart --prompt "def main("
+  evaluate    likelihood bounds on held-out text, of  evaluate --run runs/quickstart --shards runs/stdlib/val
+              answers to prompts, benchmark tasks     evaluate --run runs/quickstart --harness arc_easy,hellaswag
   plot        loss curves of a run as a PNG           plot --run runs/quickstart
   checkpoint  what a checkpoint holds, and whether    checkpoint inspect runs/quickstart [--norms] [--json FILE]
               every byte of it is as it was written   checkpoint verify runs/quickstart
@@ -120,6 +122,12 @@ def _sample(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _evaluate(arguments: Sequence[str]) -> int:
+    from pretrain.evaluate_command import EvaluateOptions, evaluate
+
+    return evaluate(_options(EvaluateOptions, "evaluate", arguments))
+
+
 def _plot(arguments: Sequence[str]) -> int:
     parser = _parser("plot: loss curves of a run as a PNG")
     parser.add_argument("--run", required=True, help="run folder")
@@ -211,6 +219,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "data": _data,
     "train": _train,
     "sample": _sample,
+    "evaluate": _evaluate,
     "plot": _plot,
     "checkpoint": _checkpoint,
     "track": _track,

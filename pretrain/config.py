@@ -114,25 +114,49 @@ class DataConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """The masked-diffusion loss.
+    """What is corrupted, and what the loss is (docs/objectives.md has the formulas).
 
     Args:
-        kind: `masked`: tokens replaced by [MASK] and predicted all at once (LLaDA, MDLM).
-        schedule: `linear`: mask probability p = (1 - eps) t + eps.
-        eps: smallest mask probability.
+        kind: `masked`: tokens replaced by [MASK], predicted all at once (LLaDA, MDLM); `block`: block after block, masked
+            diffusion inside each (BD3-LM); `bert`: masked with a variable rate and plain cross-entropy; `uniform`: tokens
+            replaced by random ones; `flow`: Gaussian noise on one-hot vectors, seen through argmax; `autoregressive`.
+        schedule: of the noise: `linear`, `cosine`, or `polynomial` (alpha = 1 - t^power).
+        power: of `polynomial`.
+        mask_ratio: [low, high] of the mask probability; null: [0, 1], for `bert` [0.15, 0.99]. Less than [0, 1] is no bound.
+        eps: smallest mask probability of `bernoulli`; `uniform` and `flow` keep it from both ends.
         t_sampling: noise levels `stratified` over the global batch, or `iid`.
-        masking: `bernoulli`, or `fixed_count` (exactly l tokens, l uniform; weight eligible / l).
-        weighting: weight each masked token by 1/p. Off: plain cross-entropy, not a likelihood bound.
-        normalizer: `tokens`: all loss-eligible tokens of the global batch.
+        noise_unit: what has a noise level of its own: each `sequence`, or each `document` (data.packing isolate).
+        masking: `bernoulli`, or `fixed_count` (exactly l tokens; linear: l uniform, weight eligible / l).
+        weighting: weight tokens by the schedule. Off (always, for `bert`): plain cross-entropy, not a likelihood bound.
+        normalizer: what the summed loss is divided by, of the global batch: `tokens`, all loss-eligible ones; `masked`, those
+            that count in the loss; `answers`, each document's loss by its own length, then by their number (LLaDA's SFT);
+            null: tokens, for `bert` masked.
+        block_size: tokens of a block (`block`); divides data.sequence_length.
+        shift: predict token i from position i - 1, for weights that come from an autoregressive model.
+        anneal_attention: steps over which attention grows from causal to full (0 = full from the start).
+        smoothing: label smoothing of `flow`'s symmetric KL.
+        temperature: of `flow`'s soft inputs, first and last.
+        temperature_steps: steps over which it falls.
+        candidates: ids that `flow`'s soft inputs mix beside the clean one.
     """
 
-    kind: Literal["masked"] = "masked"
-    schedule: Literal["linear"] = "linear"
+    kind: Literal["masked", "block", "bert", "uniform", "flow", "autoregressive"] = "masked"
+    schedule: Literal["linear", "cosine", "polynomial"] = "linear"
+    power: float = 2.0
+    mask_ratio: Optional[tuple[float, float]] = None
     eps: float = 1e-3
     t_sampling: Literal["stratified", "iid"] = "stratified"
+    noise_unit: Literal["sequence", "document"] = "sequence"
     masking: Literal["bernoulli", "fixed_count"] = "bernoulli"
     weighting: bool = True
-    normalizer: Literal["tokens"] = "tokens"
+    normalizer: Optional[Literal["tokens", "masked", "answers"]] = None
+    block_size: int = 0
+    shift: bool = False
+    anneal_attention: int = 0
+    smoothing: float = 0.01
+    temperature: tuple[float, float] = (1e-3, 1e-8)
+    temperature_steps: int = 500_000
+    candidates: int = 7
 
 
 @dataclass

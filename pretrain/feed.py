@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from data.batch import DiffusionBatch, expand
+from data.batch import DiffusionBatch, Form, answers, expand
+from data.compact import CompactBatch
 from data.loader import Slice, training_batches
 from parallel.mesh import Mesh
 from pretrain.bad_shards import BadShards
 from pretrain.config import Config
 from pretrain.metrics import global_counts
+from pretrain.objective import batch_form, lookahead, normalizer
 from pretrain.preflight import Plan
 from pretrain.training_data import stage_options
 
@@ -20,9 +22,10 @@ class Step(NamedTuple):
     """One optimizer step's input."""
 
     batches: list[DiffusionBatch]  # this rank's microbatches
-    eligible: int  # loss-eligible tokens of the global batch: the normaliser
-    masked: int  # masked tokens of the global batch
-    pairs: int  # pairs of tokens that attend to each other, of the global batch
+    eligible: int  # loss-eligible tokens of the global batch
+    masked: int  # tokens of the global batch that count in the loss
+    normalizer: int  # what the summed loss of the global batch is divided by
+    pairs: int  # pairs of columns that attend to each other, of the global batch (causal attention counted as full)
     metrics: dict[str, float]
 
 
@@ -44,6 +47,7 @@ class Feed:
         config = self._config
         part = Slice(config.train.global_batch_size, config.train.micro_batch_size, self._mesh.dp_rank, self._mesh.dp)
         special = self._plan.data.first.special
+        form, by = batch_form(config.objective, special.eos), normalizer(config.objective)
         source = training_batches(
             self._blocks,
             stage_options(config),
@@ -57,12 +61,18 @@ class Feed:
         for compact in source:
             waited = time.perf_counter() - began
             compact = self._bad_shards.settle(self._step, compact)
-            batches = [expand(c, special.mask, config.objective.weighting) for c in compact]
-            own = int(sum(c.digest.sum() for c in compact))
-            seen = sum(c.pairs() for c in compact)
-            eligible, masked, pairs, lost, digest = global_counts(batches, self._mesh, seen, self._bad_shards.lost, own)
+            batches = [expand(c, special.mask, form, lookahead(config, self._step)) for c in compact]
+            own = (
+                sum(_pairs(c, form) for c in compact),
+                sum(answers(batch) for batch in batches) if by == "answers" else 0,
+                self._bad_shards.lost,
+                int(sum(c.digest.sum() for c in compact)),
+            )
+            eligible, masked, pairs, answered, lost, digest = global_counts(batches, self._mesh, *own)
+            divisor = {"tokens": eligible, "masked": masked, "answers": answered}[by]
             self._step += 1
-            yield Step(batches, eligible, masked, pairs, self._metrics(lost, digest) | {"perf/data_time": waited})
+            metrics = self._metrics(lost, digest) | {"perf/data_time": waited}
+            yield Step(batches, eligible, masked, divisor, pairs, metrics)
             began = time.perf_counter()
 
     def consumed(self, step: int) -> int:
@@ -91,3 +101,10 @@ class Feed:
         if self._config.data.max_bad_shards:
             metrics |= {"data/bad_shards": len(self._bad_shards), "data/lost_samples": lost}
         return metrics
+
+
+def _pairs(compact: CompactBatch, form: Form) -> int:
+    """Pairs of columns of which one sees the other. With a clean copy and blocks of S tokens a document of n tokens has n (n + S):
+    in both halves a token sees whole blocks up to its own.
+    """
+    return compact.pairs() + (compact.tokens.size * form.block_size if form.kind == "block" else 0)

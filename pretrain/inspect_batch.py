@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from data.batch import DiffusionBatch, collate, expand
+from data.batch import DiffusionBatch, expand
+from data.compact import collate
 from data.errors import InputError
 from data.inspect_sample import render_sample
 from data.loader import stages
@@ -18,6 +19,7 @@ from data.stream import BlockStream
 from data.tokenizer import load_tokenizer
 from pretrain.config import Config
 from pretrain.load_config import load_config
+from pretrain.objective import batch_form, check_objective
 from pretrain.training_data import stage_options
 
 MOST_COUNTED = 1024  # samples
@@ -72,10 +74,10 @@ def batch_lines(shards: ShardSet, view: View, width: int, colour: bool) -> list[
     if view.step < 0:
         raise InputError(f"--step {view.step}: steps count from 0")
     size = shards.row_tokens or config.data.sequence_length
-    if size < 1 or batch < 1 or not 0 < config.objective.eps < 1:
-        raise InputError(
-            f"--config {view.config}: data.sequence_length, train.global_batch_size or objective.eps makes no sense"
-        )
+    if size < 1 or batch < 1:
+        raise InputError(f"--config {view.config}: data.sequence_length or train.global_batch_size makes no sense")
+    config.data.sequence_length = size
+    check_objective(config)
     stream = BlockStream(shards, size, config.run.seed, window=config.data.shuffle_window, borders=True)
     options = stage_options(config)
     tokenizer = load_tokenizer(Path(shards.tokenizer_path), special=shards.special)
@@ -88,7 +90,8 @@ def batch_lines(shards: ShardSet, view: View, width: int, colour: bool) -> list[
     for stage in stages(options):
         samples = stage(samples)
     compact = next(collate(samples, counted, shards.special.pad))
-    drawn = expand(compact, shards.special.mask, config.objective.weighting)
+    form = replace(batch_form(config.objective, shards.special.eos), kind="masked", shift=False)  # token by token
+    drawn = expand(compact, shards.special.mask, form)
     prompt = ~drawn.eligible & (drawn.document_ids >= 0)
     said = []
     if len(mixed := training_shards(view)) > 1:

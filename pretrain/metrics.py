@@ -35,15 +35,15 @@ def global_counts(batches: Iterable[DiffusionBatch], mesh: Mesh, *more: int) -> 
     return [int(count) for count in sum_over_ranks(local, mesh).tolist()]
 
 
-def token_sums(batch: DiffusionBatch, ce: Tensor, correct: Tensor) -> Tensor:
-    """The sums of one microbatch, [7 + 2 T_BINS] float64."""
-    ce, masked, weight = ce.detach().double().cpu(), batch.masked, batch.weight.double()
+def token_sums(batch: DiffusionBatch, value: Tensor, ce: Tensor, correct: Tensor) -> Tensor:
+    """The sums of one microbatch, [7 + 2 T_BINS] float64; value, ce and correct [B, L] as the model gives them."""
+    value, masked, weight = value.detach().double().cpu(), batch.masked, batch.weight.double()
     bins = (batch.t[masked] * T_BINS).long().clamp(max=T_BINS - 1)
-    ce_by_bin = torch.zeros(T_BINS, dtype=torch.float64).index_add_(0, bins, ce[masked])
+    value_by_bin = torch.zeros(T_BINS, dtype=torch.float64).index_add_(0, bins, value[masked])
     totals = torch.stack(
         (
-            (weight * ce).sum(),
-            ce[masked].sum(),
+            (weight * value).sum(),
+            ce.detach().double().cpu()[masked].sum(),
             correct.cpu()[masked].sum().double(),
             masked.sum().double(),
             batch.eligible.sum().double(),
@@ -51,14 +51,15 @@ def token_sums(batch: DiffusionBatch, ce: Tensor, correct: Tensor) -> Tensor:
             weight[masked].sum(),
         )
     )
-    return torch.cat((totals, ce_by_bin, torch.bincount(bins, minlength=T_BINS).double()))
+    return torch.cat((totals, value_by_bin, torch.bincount(bins, minlength=T_BINS).double()))
 
 
 def train_metrics(sums: Tensor, normalizer: float) -> dict[str, float]:
     """Metric name -> value from the summed `token_sums` of the global batch.
 
     train/loss: the weighted loss that is minimised (nats per eligible token); train/ce_loss: mean cross-entropy of masked
-    tokens; train/loss_t_bin_k: the same for samples with t in [k/10, (k+1)/10), left out where no token fell.
+    tokens; train/loss_t_bin_k: mean row loss without its weight (of most objectives the cross-entropy itself) of masked tokens
+    with t in [k/10, (k+1)/10), left out where none fell.
     """
     weighted, ce, correct, masked, eligible, p_mask, weight = sums[:7].tolist()
     metrics = {
@@ -77,3 +78,9 @@ def train_metrics(sums: Tensor, normalizer: float) -> dict[str, float]:
         if count := float(sums[7 + T_BINS + k]):
             metrics[f"train/loss_t_bin_{k}"] = float(sums[7 + k]) / count
     return metrics
+
+
+def broken_samples(batch: DiffusionBatch, value: Tensor) -> list[int]:
+    """Global indices of the samples of a microbatch whose loss is not finite. value: [B, C], of each counted token."""
+    broken = (~torch.isfinite(value.cpu()) & batch.masked).any(1)
+    return batch.sample_ids[broken].tolist()

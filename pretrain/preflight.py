@@ -25,6 +25,7 @@ from pretrain.config import Config
 from pretrain.load_config import to_dict
 from pretrain.lr_schedule import check_schedule
 from pretrain.model import model_shape, parallel_layout
+from pretrain.objective import check_objective, row_length
 from pretrain.stream_position import StreamPosition, go_on
 from pretrain.training_data import TrainingData, check_enough, open_set, open_training_data
 
@@ -56,7 +57,7 @@ def preflight(config: Config) -> Plan:
         parallel_layout(config.parallel),
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
-        sequence_length=config.data.sequence_length,
+        sequence_length=row_length(config),
         bf16=config.train.precision == "bf16",
         compile=config.train.compile,
     )
@@ -166,12 +167,6 @@ def _check_values(config: Config) -> None:
         ("data.max_bad_shards", config.data.max_bad_shards, config.data.max_bad_shards >= 0, not_negative),
         ("data.cache_gib", config.data.cache_gib, 0 < config.data.cache_gib < 1e9, "in (0, 1e9)"),
         ("data.workers", config.data.workers, config.data.workers >= 0, not_negative),
-        (
-            "objective.eps",
-            config.objective.eps,
-            0 < config.objective.eps < 1,
-            "in (0, 1): with eps 0 the weight 1/p has infinite variance",
-        ),
         ("optimizer.lr", optimizer.lr, optimizer.lr > 0, positive),
         ("optimizer.min_lr", optimizer.min_lr, optimizer.min_lr >= 0, not_negative),
         ("optimizer.betas", optimizer.betas, all(0 <= b < 1 for b in optimizer.betas), "two numbers in [0, 1)"),
@@ -185,6 +180,7 @@ def _check_values(config: Config) -> None:
     for key, value, fine, allowed in rules:
         if not fine:
             raise InputError(f"config: {key} is {value!r}, it must be {allowed}")
+    check_objective(config)
     if config.data.cfg_dropout > 0 and config.data.cfg_condition is None:
         raise InputError(
             "config: data.cfg_dropout is set but there is no condition to drop: set data.cfg_condition=prefix, or spans "

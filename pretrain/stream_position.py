@@ -83,8 +83,9 @@ def go_on(config: Config, data_fingerprint: str, trainer: dict[str, Any], folder
 
 
 def _look_up(values: dict[str, Any], key: str) -> Any:
-    """The value of a dotted key; None where an older config does not have it."""
-    found: Any = values
-    for part in key.split("."):
-        found = found.get(part) if isinstance(found, dict) else None
-    return found
+    """The value of a dotted key; where an older config has its section without it, what was meant then: the default."""
+    section, _, name = key.partition(".")
+    found = values.get(section)
+    if not isinstance(found, dict):
+        return None
+    return found[name] if name in found else to_dict(Config()).get(section, {}).get(name)

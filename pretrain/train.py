@@ -12,6 +12,7 @@ from typing import Any, Optional
 import torch
 import torch.distributed as dist
 
+from data.batch import DiffusionBatch
 from data.errors import InputError
 from data.tokenizer import load_tokenizer
 from parallel import checkpoint
@@ -26,8 +27,10 @@ from pretrain.first_failure import failing_together
 from pretrain.flops import flops_per_token, peak_flops
 from pretrain.load_config import save_config, to_dict
 from pretrain.lr_schedule import learning_rate
-from pretrain.metrics import sum_over_ranks, token_sums, train_metrics
+from pretrain.metrics import broken_samples, sum_over_ranks, token_sums, train_metrics
 from pretrain.model import build_chunks, parallel_layout
+from pretrain.objective import not_a_bound, row_length, row_loss_of
+from pretrain.predictor import objective_of
 from pretrain.preflight import Plan, hold, preflight
 from pretrain.sample_log import log_samples
 from pretrain.saving import Saving
@@ -77,7 +80,7 @@ def _agree(config: Config, plan: Plan, mesh: Mesh) -> None:
 def engine_for(config: Config, plan: Plan, mesh: Mesh) -> Engine:
     """The model, its weights not set yet, inside the engine that the config names."""
     layout = parallel_layout(config.parallel)
-    chunks = build_chunks(config.model, mesh, layout)
+    chunks = build_chunks(config.model, mesh, layout, row_loss=row_loss_of(config.objective))
     if config.train.compile:
         for chunk in chunks:
             chunk.compile_blocks()
@@ -90,7 +93,7 @@ def engine_for(config: Config, plan: Plan, mesh: Mesh) -> Engine:
         optimizer=AdamWOptions(options.impl, options.betas, options.eps, options.weight_decay),
         micro_batch_size=config.train.micro_batch_size,
         accumulation=config.train.global_batch_size // mesh.dp // config.train.micro_batch_size,
-        sequence_length=config.data.sequence_length,
+        sequence_length=row_length(config),
         grad_clip=config.train.grad_clip,
         bf16=config.train.precision == "bf16",
     )
@@ -123,6 +126,7 @@ class _Run:
                 config.train.val_samples,
                 isolate=config.data.packing == "isolate",
                 eos_in_loss=config.data.pad_policy == "eos_in_loss",
+                config=config,
             )
         # Reads all of the validation blocks: once, for who reports it.
         self.unigram_entropy = self.validation.unigram_entropy() if self.validation and mesh.rank == 0 else 0.0
@@ -148,16 +152,18 @@ class _Run:
             self.display.say(
                 f"nothing to do: the run is at step {self.step} and ends at {self.stop}; raise train.steps or train.stop_at"
             )
+        if reason := not_a_bound(config.objective):
+            self.display.say(f"note: train/loss is NOT a bound of the negative log-likelihood: {reason}")
         began = time.perf_counter()
-        for batches, eligible, masked, pairs, of_data in self.feed.steps(self.stop):
+        for batches, eligible, masked, normalizer, pairs, of_data in self.feed.steps(self.stop):
             lr = learning_rate(self.step, config.train.steps, config.optimizer)
             metrics = {"train/lr": lr} | of_data
             if masked:
-                result = engine.train_step([b.tensors() for b in batches], eligible, lr)
-                sums = torch.stack([token_sums(b, o.ce, o.correct) for b, o in zip(batches, result.outputs)]).sum(0)
-                metrics |= train_metrics(sum_over_ranks(sums, mesh), eligible)
+                result = engine.train_step([b.tensors() for b in batches], normalizer, lr)
+                sums = torch.stack([token_sums(b, *o[1:]) for b, o in zip(batches, result.outputs)]).sum(0)
+                metrics |= train_metrics(sum_over_ranks(sums, mesh), normalizer)
                 metrics["train/grad_norm"] = result.grad_norm
-                self._count_step(result)
+                self._count_step(result, batches)
             else:  # nothing to learn from: no parameter moves, not even by weight decay or momentum
                 metrics |= {"train/loss": 0.0, "train/grad_norm": 0.0, "train/num_masked_tokens": 0.0}
             self.step += 1
@@ -172,6 +178,7 @@ class _Run:
                     config.data.sequence_length,
                     self.step,
                     self.folder / "samples",
+                    objective=objective_of(config, self.step),
                 )
             if self.saving.due(self.step):
                 self._save()
@@ -208,17 +215,21 @@ class _Run:
                 self.plan.trainer.get("mlflow_run_id"),
             )
 
-    def _count_step(self, result: StepResult) -> None:
+    def _count_step(self, result: StepResult, batches: list[DiffusionBatch]) -> None:
         if result.applied:
             self.applied += 1
             self.skipped_in_a_row = 0
             return
         self.skipped_in_a_row += 1
-        finite = all(bool(torch.isfinite(output.loss)) for output in result.outputs)
+        mine = [broken_samples(batch, output.value) for batch, output in zip(batches, result.outputs)]
         everyone: list[Any] = [None] * self.mesh.world_size
-        dist.all_gather_object(everyone, finite)
-        at = [rank for rank, fine in enumerate(everyone) if not fine]
-        where = f"the loss of ranks {at} is not finite" if at else "a gradient is not finite although every loss is"
+        dist.all_gather_object(everyone, [sample for samples in mine for sample in samples])
+        ranks = [rank for rank, samples in enumerate(everyone) if samples]
+        where = "a gradient is not finite although every loss is"
+        if ranks:
+            named = sorted({sample for samples in everyone for sample in samples})
+            some = ", ".join(map(str, named[:8])) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
+            where = f"the loss of sample{'s' if len(named) > 1 else ''} {some} (ranks {ranks}) is not finite"
         self.display.say(f"step {self.step + 1}: {where}; the update was skipped")
         if self.skipped_in_a_row >= self.config.train.max_skipped:
             raise RuntimeError(
@@ -241,7 +252,10 @@ class _Run:
             "perf/tokens_per_second": tokens / seconds,
         }
         if self.peak:
-            flops = tokens * flops_per_token(self.plan.shape, pairs / tokens, masked / max(eligible, 1))
+            columns = config.train.global_batch_size * row_length(config)
+            flops = columns * flops_per_token(
+                self.plan.shape, pairs / columns, masked / max(eligible, 1) * tokens / columns
+            )
             metrics["perf/mfu"] = flops / seconds / self.mesh.world_size / self.peak
         if self.log:
             self.log.write(self.step, metrics)
@@ -249,13 +263,11 @@ class _Run:
 
     def _validate(self) -> None:
         assert self.validation is not None, "preflight asks for data.val_shards"
-        metrics = self.validation.run(self.engine) | {"val/unigram_entropy": self.unigram_entropy}
+        metrics = self.validation.run(self.engine, self.step) | {"val/unigram_entropy": self.unigram_entropy}
         if self.log:
             self.log.write(self.step, metrics)
-        self.display.say(
-            f"step {self.step}: validation NELBO {metrics['val/nelbo']:.4f} +- {metrics['val/nelbo_se']:.4f} nats per "
-            f"token (perplexity <= {metrics['val/ppl_bound']:.2f}; unigram entropy {self.unigram_entropy:.4f})"
-        )
+        said = self.validation.sentence(metrics)
+        self.display.say(f"step {self.step}: {said}; unigram entropy {self.unigram_entropy:.4f}")
 
     def _trainer(self) -> dict[str, Any]:
         """What the loop needs to go on, beside the engine's state."""

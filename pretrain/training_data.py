@@ -11,12 +11,12 @@ from typing import Any, Literal, Optional
 
 from data.errors import InputError
 from data.loader import StageOptions
-from data.masking import MaskingOptions
 from data.mixture import Ingredient, Mixture
 from data.shard_set import ShardSet
 from data.stream import BlockStream
 from pretrain.config import Config, SourceConfig
 from pretrain.load_config import shown
+from pretrain.objective import flow_options, masking_options
 
 Verify = Literal["auto", "full", "size"]
 Shard = tuple[int, int]  # number of the source, number of the shard in its set
@@ -133,19 +133,17 @@ def stage_options(config: Config) -> StageOptions:
     """The stages of the training stream."""
     data, objective = config.data, config.objective
     return StageOptions(
-        MaskingOptions(
-            seed=config.run.seed,
-            global_batch=config.train.global_batch_size,
-            eps=objective.eps,
-            t_sampling=objective.t_sampling,
-            masking=objective.masking,
-        ),
+        masking_options(config),
         random_length_prob=data.random_length_prob,
         cfg_dropout=data.cfg_dropout,
         cfg_condition=data.cfg_condition,
         isolate=data.packing == "isolate",
         eos_in_loss=data.pad_policy == "eos_in_loss",
         skip_bad_shards=data.max_bad_shards > 0,
+        kind=objective.kind,
+        shift=objective.shift,
+        vocab_size=config.model.vocab_size,
+        flow=flow_options(config),
     )
 
 

@@ -1,28 +1,56 @@
-"""Validation: an unbiased estimate of the negative ELBO on held-out blocks with fixed masks, and its standard error."""
+"""Validation: an unbiased estimate of the negative ELBO on held-out blocks with fixed draws, and its standard error."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Optional, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from data.batch import CompactBatch, DiffusionBatch, expand
+from data.batch import DiffusionBatch, Kind, expand
+from data.compact import CompactBatch
 from data.loader import Slice, StageOptions, validation_batches
 from data.masking import MaskingOptions
-from data.samples import sample_of
+from data.samples import Blocks, sample_of
 from data.shard_set import ShardSet
-from data.stream import SequentialBlocks
-from parallel.engine import Engine
+from data.stream import Block, SequentialBlocks
+from parallel.block import DiffusionHead
+from parallel.engine import LossOutput, Microbatch
+from parallel.mesh import Mesh
+from parallel.row_loss import RowLoss
+from parallel.row_losses import row_loss
+from pretrain.config import Config, ObjectiveConfig
 from pretrain.metrics import sum_over_ranks
+from pretrain.objective import MASKED_KINDS, batch_form, lookahead, masking_options
+from pretrain.ratio import ratio
+
+
+class Forward(Protocol):
+    """What validation needs of an engine (parallel.engine.Engine)."""
+
+    @property
+    def mesh(self) -> Mesh: ...
+    @property
+    def chunks(self) -> Sequence[nn.Module]: ...
+    def forward(self, microbatch: Microbatch) -> Any: ...
 
 
 class Validation:
-    """Every block of the validation set once (or the first `most`), masks a function of the block's number alone.
+    """Every block of the validation set once (or the first `most`), draws a function of the block's number alone.
 
-    Masks are `fixed_count`: exactly l tokens, l uniform in 1..eligible, weight eligible / l, which is the bound itself
-    (no eps), with l stratified over the blocks. The same blocks and masks at every layout, microbatch size and seed of the run.
+    Masks (objectives masked, bert, block) are `fixed_count`: exactly l tokens, l uniform in 1..eligible, weight eligible / l, which
+    is the bound itself (no eps, no mask_ratio), with l stratified over the blocks. `uniform` draws as in training, and so is
+    `flow` measured: its network is a uniform-state denoiser, of which that bound holds whatever trained it. The same blocks and
+    draws at every layout, microbatch size and seed of the run.
+
+    Args:
+        config: of the run, for its objective; None: masked.
+        draws: masks of each block, stratified.
+        seed: of the draws.
     """
 
     def __init__(
@@ -33,78 +61,161 @@ class Validation:
         most: int = 0,
         isolate: bool = False,
         eos_in_loss: bool = False,
+        config: Optional[Config] = None,
+        draws: int = 1,
+        seed: int = 0,
     ):
+        self.config = config = config or Config()
         self.blocks = SequentialBlocks(shards, sequence_length, borders=isolate)
         self.total = min(len(self.blocks), most) if most else len(self.blocks)
+        self.draws = 1 if config.objective.kind == "autoregressive" else draws
         self.micro_batch = micro_batch
         self.special = shards.special
+        kind = measured_as(config.objective)
+        self.form = replace(batch_form(config.objective, self.special.eos), kind=kind, weighting=True, per_answer=False)
+        self.row_loss = row_loss("uniform" if kind == "uniform" else "cross_entropy")
+        # Sample number i is draw i % draws of block i // draws: neighbouring numbers lie in strata far apart.
+        self._repeated: Blocks = _Repeated(self.blocks, self.draws)
+        self.samples = self.total * self.draws
+        drawn = MaskingOptions(
+            seed,
+            self.samples,
+            masking="fixed_count",
+            unit="block" if self.form.kind == "block" else "sequence",
+            block_size=self.form.block_size,
+        )
+        if self.form.kind not in MASKED_KINDS:
+            drawn = replace(masking_options(config), seed=seed, global_batch=self.samples, t_sampling="stratified")
         self.options = StageOptions(
-            MaskingOptions(seed=0, global_batch=self.total, masking="fixed_count", stream="validation"),
+            replace(drawn, stream="validation"),
             isolate=isolate,
             eos_in_loss=eos_in_loss,
+            kind=self.form.kind,
+            shift=self.form.shift,
+            vocab_size=config.model.vocab_size,
         )
 
-    def batches(self, dp_rank: int, dp_size: int) -> Iterator[DiffusionBatch]:
-        """This rank's microbatches; every rank gets the same number of them, some may be without any masked token."""
-        part = Slice(self.total, self.micro_batch, dp_rank, dp_size)
-        rounds = -(-self.total // (self.micro_batch * dp_size))
+    def batches(self, dp_rank: int, dp_size: int, step: Optional[int] = None) -> Iterator[DiffusionBatch]:
+        """This rank's microbatches; every rank gets the same number of them, some may be without any masked token.
+
+        step: optimizer steps taken, for attention that still grows (pretrain.objective.lookahead); None: it is full.
+        """
+        ahead = None if step is None else lookahead(self.config, step)
+        part = Slice(self.samples, self.micro_batch, dp_rank, dp_size)
+        rounds = -(-self.samples // (self.micro_batch * dp_size))
         last = None
-        for compact in validation_batches(self.blocks, self.total, self.options, part, self.special.pad):
-            last = expand(compact, self.special.mask)
+        for compact in validation_batches(self._repeated, self.samples, self.options, part, self.special.pad):
+            last = expand(compact, self.special.mask, self.form, ahead)
             rounds -= 1
             yield last
         for _ in range(rounds):  # forwards are collective: a rank without a block runs one that counts nothing
-            yield _nothing_masked(last) if last is not None else self._empty()
+            yield _nothing_masked(last) if last is not None else self._empty(ahead)
 
-    def _empty(self) -> DiffusionBatch:
-        part = Slice(self.total, self.micro_batch)
-        compact: CompactBatch = next(iter(validation_batches(self.blocks, 1, self.options, part, self.special.pad)))
-        return _nothing_masked(expand(compact, self.special.mask))
+    def _empty(self, ahead: Optional[int]) -> DiffusionBatch:
+        part = Slice(self.samples, self.micro_batch)
+        first = validation_batches(self._repeated, 1, self.options, part, self.special.pad)
+        compact: CompactBatch = next(iter(first))
+        return _nothing_masked(expand(compact, self.special.mask, self.form, ahead))
+
+    def sample(self, g: int) -> tuple[dict[str, Any], np.ndarray]:
+        """Block g as the stages get it (data.samples), and which of its tokens count in the loss, [L] bool."""
+        options = self.options
+        sample = sample_of(g, self.blocks.block(g), self.blocks.sequence_length, options.isolate, options.eos_in_loss)
+        counted = np.arange(self.blocks.sequence_length) < sample["length"]
+        if "prompt" in sample:
+            counted &= ~sample["prompt"]
+        if self.form.shift:  # nothing predicts the first token of a text
+            counted[0] = False
+            counted &= ~sample["borders"] if options.isolate else True
+        return sample, counted
 
     def unigram_entropy(self) -> float:
         """Entropy of the blocks' token frequencies, nats per token: what a model without any context can reach at best."""
         counts = np.zeros(0, np.int64)
         for g in range(self.total):
-            sample = sample_of(
-                g, self.blocks.block(g), self.blocks.sequence_length, eos_in_loss=self.options.eos_in_loss
-            )
-            counted = np.arange(self.blocks.sequence_length) < sample["length"]
-            if "prompt" in sample:
-                counted &= ~sample["prompt"]
+            sample, counted = self.sample(g)
             found = np.bincount(sample["tokens"][counted])
             size = max(len(found), len(counts))
             counts = np.pad(counts, (0, size - len(counts))) + np.pad(found, (0, size - len(found)))
         p = counts[counts > 0] / counts.sum()
         return float(-(p * np.log(p)).sum())
 
-    def run(self, engine: Engine) -> dict[str, float]:
-        """val/nelbo (nats per token), its standard error, and the perplexity bound. Collective.
+    def per_sample(
+        self,
+        engine: Forward,
+        width: int,
+        measure: Callable[[DiffusionBatch, LossOutput], Tensor],
+        step: Optional[int] = None,
+    ) -> Tensor:
+        """What `measure` makes of every microbatch ([B, width] float64 on the CPU), by sample number: [samples, width]. Collective.
 
-        nelbo = sum_i S_i / sum_i n_i over blocks i with weighted loss S_i and n_i tokens; the standard error is
-        that of a ratio estimator over independent blocks (Cochran, Sampling Techniques, eq. 6.10).
+        The same on every rank; a sample in which nothing counts has zeros. Each sample is computed on one rank, so what is
+        summed over these rows does not depend on the layout.
         """
-        sums = torch.zeros(6, dtype=torch.float64)
-        for batch in self.batches(engine.mesh.dp_rank, engine.mesh.dp):
-            ce = engine.forward(batch.tensors()).ce.double().cpu()
-            loss = (batch.weight.double() * ce).sum(1)
-            tokens = (batch.eligible & batch.masked.any(1, keepdim=True)).sum(1).double()
-            sums += torch.stack(
-                (
-                    loss.sum(),
-                    tokens.sum(),
-                    (loss**2).sum(),
-                    (loss * tokens).sum(),
-                    (tokens**2).sum(),
-                    (tokens > 0).sum().double(),
-                )
-            )
-        loss, tokens, loss2, cross, tokens2, blocks = sum_over_ranks(sums, engine.mesh).tolist()
-        nelbo = loss / tokens if tokens else math.nan  # nan: prompts alone
-        if blocks < 2:  # one block says nothing about how blocks differ
-            return {"val/nelbo": nelbo, "val/nelbo_se": math.nan, "val/ppl_bound": math.exp(min(nelbo, 700.0))}
-        residual = max(loss2 - 2 * nelbo * cross + nelbo**2 * tokens2, 0.0)
-        error = math.sqrt(residual * blocks / (blocks - 1)) / tokens
-        return {"val/nelbo": nelbo, "val/nelbo_se": error, "val/ppl_bound": math.exp(min(nelbo, 700.0))}
+        table = torch.zeros(self.samples, width, dtype=torch.float64)
+        with _row_loss(engine, self.row_loss):
+            for batch in self.batches(engine.mesh.dp_rank, engine.mesh.dp, step):
+                values = measure(batch, engine.forward(batch.tensors()))
+                counts = batch.masked.any(1)
+                table[batch.sample_ids[counts]] = values[counts]
+        return sum_over_ranks(table, engine.mesh)
+
+    def run(self, engine: Forward, step: Optional[int] = None) -> dict[str, float]:
+        """val/nelbo (nats per token), its standard error (pretrain.ratio, over blocks), and the perplexity bound. Collective.
+
+        Of `autoregressive` these are the likelihood itself and its perplexity.
+        """
+        table = self.per_sample(engine, 2, loss_and_tokens, step).view(self.total, self.draws, 2).mean(1)
+        found = ratio(*table.T)  # nan: prompts alone
+        bound = found.exp().value
+        return {"val/nelbo": found.value, "val/nelbo_se": found.se, "val/ppl_bound": bound}
+
+    def sentence(self, metrics: dict[str, float]) -> str:
+        """What a person reads of `run`'s result."""
+        name, sign = ("NLL", "=") if self.form.kind == "autoregressive" else ("NELBO", "<=")
+        return (
+            f"validation {name} {metrics['val/nelbo']:.4f} +- {metrics['val/nelbo_se']:.4f} nats per token (perplexity {sign} "
+            f"{metrics['val/ppl_bound']:.2f})"
+        )
+
+
+def measured_as(objective: ObjectiveConfig) -> Kind:
+    """The objective whose bound of the likelihood a network has."""
+    return "uniform" if objective.kind == "flow" else objective.kind
+
+
+@contextmanager
+def _row_loss(engine: Forward, chosen: RowLoss) -> Iterator[None]:
+    """The network measured by a row loss, whatever trains it."""
+    heads = [module for chunk in engine.chunks for module in chunk.children() if isinstance(module, DiffusionHead)]
+    before = [head.row_loss for head in heads]
+    try:
+        for head in heads:
+            head.row_loss = chosen
+        yield
+    finally:
+        for head, own in zip(heads, before):
+            head.row_loss = own
+
+
+def loss_and_tokens(batch: DiffusionBatch, output: LossOutput) -> Tensor:
+    """Of each sample its weighted loss in nats and its loss-eligible tokens, [B, 2] float64."""
+    loss = (batch.weight.double() * output.value.double().cpu()).sum(1)
+    return torch.stack((loss, batch.eligible.sum(1).double()), 1)
+
+
+class _Repeated:
+    """Every block of `blocks` `draws` times in a row."""
+
+    def __init__(self, blocks: Blocks, draws: int):
+        self._blocks, self._draws = blocks, draws
+        self.sequence_length = blocks.sequence_length
+
+    def block(self, i: int) -> Block:
+        return self._blocks.block(i // self._draws)
+
+    def source(self, i: int) -> tuple[int, int]:
+        return self._blocks.source(i // self._draws)
 
 
 def _nothing_masked(batch: DiffusionBatch) -> DiffusionBatch:

@@ -22,10 +22,11 @@ def group() -> list[DiffusionBatch]:
     return case.batches(steps=5)[2]
 
 
-def made_up_output(batch: DiffusionBatch) -> tuple[torch.Tensor, torch.Tensor]:
+def made_up_output(batch: DiffusionBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Value, cross-entropy and correct, none of which follows from another."""
     g = torch.Generator().manual_seed(int(batch.sample_ids[0]))
-    ce = torch.rand(batch.masked.shape, generator=g) * 5 * batch.masked
-    return ce, (torch.rand(ce.shape, generator=g) < 0.4) & batch.masked
+    value, ce = (torch.rand(batch.masked.shape, generator=g) * 5 * batch.masked for _ in range(2))
+    return value, ce, (torch.rand(ce.shape, generator=g) < 0.4) & batch.masked
 
 
 def test_every_metric_equals_a_loop_over_tokens_and_does_not_depend_on_the_split(group):
@@ -34,15 +35,15 @@ def test_every_metric_equals_a_loop_over_tokens_and_does_not_depend_on_the_split
     found = train_metrics(sum(token_sums(b, *o) for b, o in zip(group, outputs)), normalizer)
     tokens = [
         {k: getattr(b, k)[i, j].item() for k in ("masked", "eligible", "weight", "t", "p_mask")}
-        | {"ce": ce[i, j].item(), "correct": correct[i, j].item()}
-        for b, (ce, correct) in zip(group, outputs)
+        | {"value": value[i, j].item(), "ce": ce[i, j].item(), "correct": correct[i, j].item()}
+        for b, (value, ce, correct) in zip(group, outputs)
         for i, j in itertools.product(*map(range, ce.shape))
     ]
     counted = [x for x in tokens if x["masked"]]
     eligible = [x for x in tokens if x["eligible"]]
     assert (normalizer, masked) == (len(eligible), len(counted)) and 0 < masked < normalizer < len(tokens)
     expected = {
-        "train/loss": sum(x["weight"] * x["ce"] for x in counted) / len(eligible),
+        "train/loss": sum(x["weight"] * x["value"] for x in counted) / len(eligible),
         "train/ce_loss": sum(x["ce"] for x in counted) / len(counted),
         "train/accuracy": sum(x["correct"] for x in counted) / len(counted),
         "train/mask_ratio": len(counted) / len(eligible),
@@ -51,7 +52,7 @@ def test_every_metric_equals_a_loop_over_tokens_and_does_not_depend_on_the_split
         "train/importance_weight_avg": sum(x["weight"] for x in counted) / len(counted),
     }
     for k in range(T_BINS):
-        inside = [x["ce"] for x in counted if min(int(x["t"] * T_BINS), T_BINS - 1) == k]
+        inside = [x["value"] for x in counted if min(int(x["t"] * T_BINS), T_BINS - 1) == k]
         if inside:
             expected[f"train/loss_t_bin_{k}"] = sum(inside) / len(inside)
     assert found == pytest.approx(expected, rel=1e-6)
@@ -69,8 +70,8 @@ class UnigramEngine:
         self.cost = -torch.tensor(probabilities, dtype=torch.float64).log()
 
     def forward(self, batch: dict[str, torch.Tensor]):
-        ce = self.cost[batch["target_ids"]] * batch["masked"]
-        return type("Output", (), {"ce": ce})
+        value = self.cost[batch["target_ids"]] * batch["masked"]
+        return type("Output", (), {"value": value})
 
 
 class Tokens:

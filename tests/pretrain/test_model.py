@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from parallel.attention import find_documents, rotary_angles
+from parallel.attention import find_documents, keep_apart, rotary_angles
 from parallel.engine import model_inputs
 from parallel.initialise import local_share, rows
 from parallel.mesh import build_mesh, single_process_mesh
 from parallel.recompute import MODES, recomputed
 from parallel.shape import ModelShape, parameter_counts, parameter_table
+from parallel.visibility import find_visibility
 from pretrain.config import ModelConfig
 from pretrain.flops import flops_per_token
 from pretrain.load_config import load_config
@@ -133,6 +134,7 @@ def packing_model(request, model) -> DiffusionTransformer:
     built.to(getattr(torch, dtype))
     if compiled:
         torch._dynamo.reset()
+        built.compiled = True
         for block in built.blocks.values():
             block.compute = torch.compile(block._compute, backend="aot_eager", fullgraph=True)
     return built
@@ -199,7 +201,16 @@ def test_a_row_of_padding_alone_and_documents_of_one_token_give_finite_logits_an
 def isolations() -> dict[str, object]:
     found = find_documents(torch.tensor([[0, 0, 1, 1, 1, 2, -1, -1]] * 2, dtype=torch.int32), torch.device("cpu"))
     assert found is not None
-    return {"one document": None, "documents": found, "a mask": found.mask()}
+    causal = find_visibility(
+        torch.stack((torch.arange(8), torch.arange(8), -torch.ones(8)), -1).int().expand(2, 8, 3), torch.device("cpu")
+    )
+    return {
+        "one document": None,
+        "documents": keep_apart(found, None, torch.float32, 8, compiled=True),
+        "causal": keep_apart(None, causal, torch.float32, 8, compiled=True),
+        "causal documents": keep_apart(found, causal, torch.float32, 8, compiled=True),
+        "a mask": found.mask(),
+    }
 
 
 @pytest.mark.parametrize("recompute", MODES)
@@ -225,7 +236,8 @@ def test_a_compiled_block_serves_microbatches_of_any_documents_with_few_graphs(m
     x = torch.randn(1, 16, 32)
     for sizes in ((16,), (8, 8), (1,) * 16, (3, 4), (5, 5, 5), (1, 2, 3, 4), (), (15,), (2,) * 8, (1,) * 5):
         found = find_documents(packed((sizes,))[1], torch.device("cpu"))
-        compiled, eager = compute(x, cos, sin, found), model.blocks["0"](x, cos, sin, found)
+        apart = [keep_apart(found, None, torch.float32, 8, compiled=way) for way in (True, False)]
+        compiled, eager = compute(x, cos, sin, apart[0]), model.blocks["0"](x, cos, sin, apart[1])
         assert (compiled - eager).norm() < 1e-5 * eager.norm()
     assert len(graphs) == 2  # with and without documents
 

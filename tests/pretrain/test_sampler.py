@@ -6,15 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from data.batch import collate, expand
+from data.batch import expand
+from data.compact import collate
 from data.errors import InputError
-from pretrain.sampler import SamplingOptions, generate, render_unmasking, reveal_schedule
+from pretrain.sampler import SamplingOptions, generate
+from pretrain.sampler_display import render_progress
+from pretrain.sampler_unmasking import reveal_schedule
 
 MASK = 9
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -60,11 +63,17 @@ def run(model, ids, given, on_step=None, first_row=0, forbidden_ids=(), eos_id=N
     )
 
 
+def schedule_of(count, steps, block):
+    """The schedule of `count` positions cut into blocks of `block` of them (0: one)."""
+    size = block or max(count, 1)
+    return reveal_schedule([min(size, count - start) for start in range(0, count, size)], steps)
+
+
 @pytest.mark.parametrize("block", [0, 1, 4, 5, 99])
 @pytest.mark.parametrize("steps", [1, 3, 12, 40])
 @pytest.mark.parametrize("count", [0, 1, 5, 12, 13])
 def test_schedule_fills_every_block_exactly_once_in_order_and_as_evenly_as_possible(count, steps, block):
-    schedule = reveal_schedule(count, steps, block)
+    schedule = schedule_of(count, steps, block)
     sizes = [min(block or count, count - start) for start in range(0, count, block or max(count, 1))]
     assert [k for k, _ in schedule] == sorted(k for k, _ in schedule)
     for k, size in enumerate(sizes):
@@ -76,9 +85,9 @@ def test_schedule_fills_every_block_exactly_once_in_order_and_as_evenly_as_possi
 
 def test_schedule_equals_lladas_published_numbers():
     """generate.py of LLaDA: 128 tokens, 128 steps, blocks of 32 -> one a step; 10 tokens in 4 steps -> 3 3 2 2."""
-    assert reveal_schedule(128, 128, 32) == [(k, 1) for k in range(4) for _ in range(32)]
-    assert reveal_schedule(10, 4, 0) == [(0, 3), (0, 3), (0, 2), (0, 2)]
-    assert reveal_schedule(8, 4, 4) == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert schedule_of(128, 128, 32) == [(k, 1) for k in range(4) for _ in range(32)]
+    assert schedule_of(10, 4, 0) == [(0, 3), (0, 3), (0, 2), (0, 2)]
+    assert schedule_of(8, 4, 4) == [(0, 2), (0, 2), (1, 2), (1, 2)]
 
 
 @pytest.mark.parametrize("remasking", ["low_confidence", "random"])
@@ -103,7 +112,7 @@ def test_each_step_reveals_the_scheduled_count_and_touches_nothing_else(remaskin
     assert torch.equal(ids, before), "the input is left alone"
     fill = (before == MASK) & ~given
     last = before
-    schedules = [reveal_schedule(int(n), steps, block) for n in fill.sum(1)]
+    schedules = [schedule_of(int(n), steps, block) for n in fill.sum(1)]
     for step in range(max(map(len, schedules))):
         now = seen.get(step, last)
         changed = now != last
@@ -141,7 +150,7 @@ def test_steps_beyond_the_count_cost_no_forward():
 def reference_greedy(model, ids, given, steps, forbidden=()):
     """Low-confidence remasking at temperature 0, one row, written with plain loops in float64."""
     ids = ids.clone()
-    for _, reveal in reveal_schedule(int(((ids == MASK) & ~given).sum()), steps, 0):
+    for _, reveal in schedule_of(int(((ids == MASK) & ~given).sum()), steps, 0):
         logits = model(ids)[0].double()
         scored = []
         for p in range(ids.shape[1]):
@@ -330,6 +339,7 @@ def test_the_unconditional_input_is_the_dropped_training_sample_token_for_token(
                 "prompt": np.arange(9) < 4,
                 "t": 0.5,
                 "p_mask": 0.5,
+                "weight": 2.0,
                 "dropped": True,
                 "sample_id": 0,
             }
@@ -381,7 +391,7 @@ def test_working_in_chunks_changes_nothing(monkeypatch):
     ids, given = masked_rows(2, 13, 2)
     settings = dict(steps=4, temperature=1.0, cfg_scale=0.5)
     whole = run(TableModel(), ids, given, **settings)
-    monkeypatch.setattr("pretrain.sampler._CHUNK_VALUES", 25)
+    monkeypatch.setattr("pretrain.sampler_logits._CHUNK_VALUES", 25)
     assert torch.equal(run(TableModel(), ids, given, **settings), whole)
 
 
@@ -394,6 +404,9 @@ def test_working_in_chunks_changes_nothing(monkeypatch):
         dict(cfg_scale=-1.0),
         dict(temperature=float("nan")),
         dict(remasking="greedy"),
+        dict(top_p=0.0),
+        dict(top_p=1.01),
+        dict(top_p=float("nan")),
     ],
 )
 def test_a_wrong_option_is_named(wrong):
@@ -420,14 +433,14 @@ def test_display_shows_masks_as_dim_blocks_new_tokens_highlighted_and_no_termina
     def decode(ids):
         return "".join("ab\x1bd\u009b\n"[i] for i in ids)
 
-    text = render_unmasking([0, 1, MASK, MASK, 3, 2, 4, 5], [0, MASK, MASK, MASK, 3, 2, 4, MASK], MASK, decode)
+    text = render_progress([0, 1, MASK, MASK, 3, 2, 4, 5], [0, MASK, MASK, MASK, 3, 2, 4, MASK], MASK, decode)
     assert text.plain == "ab░░d\ufffd\ufffd\n"
     styles = [(text.plain[s.start : s.end], str(s.style)) for s in text.spans if str(s.style)]
     assert styles == [("b", "bold green"), ("░░", "dim"), ("\n", "bold green")]
-    assert render_unmasking([0, 1], None, MASK, decode).plain == "ab"
+    assert render_progress([0, 1], None, MASK, decode).plain == "ab"
 
 
 def test_display_decodes_neighbouring_tokens_together_so_that_split_characters_appear_whole():
     pieces = [b"\xc3", b"\xa9", b"x"]
-    text = render_unmasking([0, 1, 2], [0, 1, 2], MASK, lambda ids: b"".join(pieces[i] for i in ids).decode())
+    text = render_progress([0, 1, 2], [0, 1, 2], MASK, lambda ids: b"".join(pieces[i] for i in ids).decode())
     assert text.plain == "éx"
