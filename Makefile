@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install install-dev quickstart test parity lint bench-loss bench-engines bench-checkpoint bench-data clean
+.PHONY: help install install-dev quickstart test parity lint bench-loss bench-engines bench-checkpoint bench-data objectives clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -34,11 +34,13 @@ test: install-dev                 ## the tests; `make parity` runs the heavier o
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
-	$(BIN)/python -m pytest -m "not parity"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not parity" -n 2 --dist loadfile --ignore tests/distributed
+	$(BIN)/python -m pytest -m "not parity" tests/distributed
 
 parity: install-dev              ## every parity cell and planted fault, the heavier proofs; rewrites docs/parity.md
 	$(BIN)/python -m tests.distributed.parity_table
-	$(BIN)/python -m pytest -m parity
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m parity -n 2 --dist loadfile --ignore tests/distributed
+	$(BIN)/python -m pytest -m parity tests/distributed
 
 lint: install-dev                 ## ruff and mypy
 	$(BIN)/python -m ruff check .
@@ -67,6 +69,10 @@ bench-data: install .venv-litdata/.installed  ## reading, the whole pipeline, pr
 	$(BIN)/python bench/data.py --litdata .venv-litdata/bin/python
 	$(BIN)/python bench/prepare.py
 	$(BIN)/python bench/index.py
+
+objectives: install               ## every objective on the same text, model and compute: a figure and a table
+	test -d runs/stdlib || $(BIN)/python -m pretrain prepare --source stdlib --out runs/stdlib --vocab-size 512 --val-fraction 0.03
+	$(BIN)/python bench/objectives.py
 
 clean:                            ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) .venv-litdata .pytest_cache .ruff_cache

@@ -1,6 +1,6 @@
 """Every objective on the same text, model and compute: validation curves as a figure, and a table.
 
-    python bench/objectives.py --data runs/stdlib --out runs/objectives [--figure docs/objectives.png] [--only masked,block]
+    python bench/objectives.py --data runs/stdlib --out runs/objectives [--figure docs/objectives.png] [--only "masked;bert"]
 
 Trains configs/quickstart.yaml once for each objective (one process each, `--jobs` at a time), with as many steps as give all
 of them the FLOPs of `masked`; a run that is there is not trained again. The curves are val/nelbo, two standard errors, over FLOPs.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -25,14 +26,22 @@ from pretrain.objective import row_length  # noqa: E402
 from pretrain.tracking import read_metrics  # noqa: E402
 
 CONFIG = str(ROOT / "configs" / "quickstart.yaml")
-RUNS = {  # name -> (steps beside masked's, options)
-    "masked": (1.0, []),
-    "block of 16": (0.5, ["--objective.kind", "block", "--objective.block_size", "16"]),
-    "block of 4": (0.5, ["--objective.kind", "block", "--objective.block_size", "4"]),
-    "bert": (1.0, ["--objective.kind", "bert"]),
-    "uniform": (1.0, ["--objective.kind", "uniform"]),
-    "flow": (1.0, ["--objective.kind", "flow", "--objective.temperature_steps", "1600"]),
-    "autoregressive": (1.0, ["--objective.kind", "autoregressive"]),
+RUNS: dict[str, list[str]] = {
+    "masked": [],
+    "block of 16": ["--objective.kind", "block", "--objective.block_size", "16"],
+    "block of 4": ["--objective.kind", "block", "--objective.block_size", "4"],
+    "bert": ["--objective.kind", "bert"],
+    "uniform": ["--objective.kind", "uniform"],
+    "flow": ["--objective.kind", "flow", "--objective.temperature_steps", "1600"],
+    "flow, rows alike": [
+        "--objective.kind",
+        "flow",
+        "--objective.temperature_steps",
+        "1600",
+        "--objective.weighting",
+        "false",
+    ],
+    "autoregressive": ["--objective.kind", "autoregressive"],
 }
 
 
@@ -41,29 +50,48 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", default="runs/stdlib", help="what `make quickstart` prepared")
     parser.add_argument("--out", default="runs/objectives", help="folder of the runs")
     parser.add_argument("--figure", default="", help="file of the figure; default: OUT/objectives.png")
-    parser.add_argument("--only", default="", help="names of some runs, with commas")
+    parser.add_argument("--only", default="", help="names of some runs, with semicolons")
     parser.add_argument("--steps", type=int, default=1600, help="steps of masked")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     return parser.parse_args()
 
 
+def folder_of(name: str) -> str:
+    return re.sub(r"\W+", "_", name)
+
+
+def step_flops(name: str) -> float:
+    """FLOPs of one optimizer step. The head counts for all columns of a row and attention for all pairs of them."""
+    config = load_config(["--config", CONFIG, *RUNS[name]])
+    columns = row_length(config)
+    return config.train.global_batch_size * columns * flops_per_token(model_shape(config.model), columns)
+
+
+def steps_of(name: str, args: argparse.Namespace) -> int:
+    """As many as cost what masked's `--steps` do."""
+    return round(args.steps * step_flops("masked") / step_flops(name))
+
+
 def options(name: str, args: argparse.Namespace) -> list[str]:
     """The command line of one run, behind `train`."""
-    share, own = RUNS[name]
-    steps = int(args.steps * share)
-    data = Path(args.data)
+    steps, data = steps_of(name, args), Path(args.data)
     return [
-        *("--config", CONFIG, "--run.dir", args.out, "--run.name", name.replace(" ", "_")),
+        *("--config", CONFIG, "--run.dir", args.out, "--run.name", folder_of(name)),
         *("--data.shards", str(data / "train"), "--data.val_shards", str(data / "val"), "--data.workers", "0"),
         *("--train.steps", str(steps), "--train.validate_every", str(max(steps // 8, 1)), "--train.val_samples", "512"),
         *("--train.sample_every", "0", "--train.checkpoint_every", "0", "--train.log_every", "100"),
-        *("--optimizer.warmup_steps", str(max(int(60 * share), 1)), "--optimizer.decay_steps", str(int(0.35 * steps))),
-        *("--tracking.uri", "none", *own),
+        *(
+            "--optimizer.warmup_steps",
+            str(max(steps * 60 // 1600, 1)),
+            "--optimizer.decay_steps",
+            str(int(0.35 * steps)),
+        ),
+        *("--tracking.uri", "none", *RUNS[name]),
     ]
 
 
 def train(name: str, args: argparse.Namespace) -> None:
-    log = Path(args.out) / f"{name.replace(' ', '_')}.log"
+    log = Path(args.out) / f"{folder_of(name)}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("w") as out:
@@ -76,14 +104,10 @@ def train(name: str, args: argparse.Namespace) -> None:
 
 def curve(name: str, args: argparse.Namespace) -> list[tuple[float, float, float, float]]:
     """(training FLOPs, nats per token, standard error, unigram entropy) at each validation."""
-    config = load_config(options(name, args))
-    columns = row_length(config)
-    # The head counts for all columns of the batch, so that no objective gains by computing fewer of its own choosing.
-    per_step = config.train.global_batch_size * columns * flops_per_token(model_shape(config.model), columns)
-    found = read_metrics(Path(args.out) / name.replace(" ", "_"))
+    cost = step_flops(name)
     return [
-        (m["step"] * per_step, m["val/nelbo"], m["val/nelbo_se"], m["val/unigram_entropy"])
-        for m in found
+        (m["step"] * cost, m["val/nelbo"], float(m["val/nelbo_se"]), m["val/unigram_entropy"])
+        for m in read_metrics(Path(args.out) / folder_of(name))
         if "val/nelbo" in m
     ]
 
@@ -114,8 +138,8 @@ def draw(curves: dict[str, list], path: Path) -> None:
 
 def main() -> None:
     args = arguments()
-    names = [name for name in RUNS if not args.only or name in args.only.split(",")]
-    missing = [n for n in names if not (Path(args.out) / n.replace(" ", "_") / "checkpoints" / "latest").exists()]
+    names = [name for name in RUNS if not args.only or name in args.only.split(";")]
+    missing = [n for n in names if not (Path(args.out) / folder_of(n) / "checkpoints" / "latest").exists()]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda name: train(name, args), missing))
     curves = {name: curve(name, args) for name in names}
@@ -126,7 +150,7 @@ def main() -> None:
     )
     for name, points in curves.items():
         flops, nats, error, _ = points[-1]
-        print(f"| {name} | {int(args.steps * RUNS[name][0])} | {flops:.2e} | {nats:.3f} | {error:.3f} |")
+        print(f"| {name} | {steps_of(name, args)} | {flops:.2e} | {nats:.3f} | {error:.3f} |")
     print(f"unigram entropy {curves[names[0]][0][3]:.3f}; figure: {path}")
 
 

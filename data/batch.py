@@ -112,6 +112,8 @@ def expand(compact: CompactBatch, mask_id: int, form: Form = MASKED, lookahead: 
         starts[:, 0] = True
         documents = starts.cumsum(1, dtype=torch.int32) - 1
         positions = column - torch.where(starts, column, 0).cummax(1).values
+    if form.shift:
+        eligible = eligible & ~starts
     drawn = 1 / p_mask if compact.weight is None else _spread(compact, compact.weight)
     found = DiffusionBatch(
         noisy_ids=noisy,

@@ -6,7 +6,7 @@ the loss (all that are eligible), and `noisy` [L] what the model is shown.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Optional
 
@@ -14,6 +14,8 @@ import numpy as np
 
 from data import randomness
 from data.masking import MaskingOptions, draw_mask, unit_starts
+
+Stage = Callable[[Iterable[dict]], Iterator[dict]]
 
 
 def eligible_tokens(size: int, length: int, prompt: Optional[np.ndarray]) -> np.ndarray:
@@ -40,7 +42,7 @@ def uniform_corruption(samples: Iterable[dict], options: MaskingOptions, vocab_s
     is the rate -alpha'(t) / alpha of the continuous-time bound (Schiff et al., "Simple Guidance Mechanisms for Discrete
     Diffusion Models", arXiv 2412.10193, section 4). p runs over [eps, 1 - eps]: at both ends the rate or the bracket diverges.
     """
-    schedule = replace(options.schedule.above(options.eps), high=min(options.schedule.high, 1 - options.eps))
+    schedule = options.schedule.inside(options.eps)
     options = replace(options, schedule=schedule, masking="bernoulli")
     for sample in samples:
         size, index = len(sample["tokens"]), sample["sample_id"]
@@ -74,11 +76,24 @@ def no_corruption(samples: Iterable[dict]) -> Iterator[dict]:
         yield {**sample, "length": length, "mask": counted, "t": 1.0, "p_mask": 1.0, "weight": 1.0}
 
 
+def with_first_tokens_given(corruption: Stage) -> Stage:
+    """The same corruption, but the first token of each text is given: where the hidden state at i predicts token i + 1, nothing
+    predicts it. It is no condition: what leaves has the prompt that came.
+    """
+
+    def stage(samples: Iterable[dict]) -> Iterator[dict]:
+        for sample in corruption(first_tokens_given(samples)):
+            sample["prompt"] = sample.pop("own_prompt")
+            yield sample
+
+    return stage
+
+
 def first_tokens_given(samples: Iterable[dict]) -> Iterator[dict]:
-    """Marks the first token of each text as prompt: where the hidden state at i predicts token i + 1, nothing predicts it."""
+    """Marks the first token of each text as prompt; `own_prompt` keeps what was."""
     for sample in samples:
         prompt = np.zeros(len(sample["tokens"]), bool) if sample.get("prompt") is None else sample["prompt"].copy()
         prompt[:1] = True
         if sample.get("borders") is not None:
             prompt |= sample["borders"]
-        yield {**sample, "prompt": prompt}
+        yield {**sample, "prompt": prompt, "own_prompt": sample.get("prompt")}

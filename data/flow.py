@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -35,17 +35,23 @@ class FlowOptions:
             logarithm falls linearly.
         temperature_steps: optimizer steps over which it falls.
         candidates: ids beside the clean one that an input mixes.
+        start: (step, sample) at which the stream begins, where it was begun anew.
     """
 
     vocab_size: int
     temperature: tuple[float, float] = (1e-3, 1e-8)
     temperature_steps: int = 500_000
     candidates: int = 7
+    start: tuple[int, int] = (0, 0)
+
+    def of_sample(self, sample: int, global_batch: int) -> float:
+        """The temperature of the optimizer step that reads a sample."""
+        return self.at_step(self.start[0] + (sample - self.start[1]) // global_batch)
 
     def at_step(self, step: int) -> float:
         """The temperature of an optimizer step."""
         first, last = (math.log(value) for value in self.temperature)
-        return math.exp(first + (last - first) * min(step / self.temperature_steps, 1.0))
+        return math.exp(first + (last - first) * min(max(step, 0) / self.temperature_steps, 1.0))
 
 
 def largest_gaussians(uniforms: np.ndarray, among: int) -> np.ndarray:
@@ -62,7 +68,7 @@ def largest_gaussians(uniforms: np.ndarray, among: int) -> np.ndarray:
 
 def keep_probability(noise_share: float | np.ndarray, vocab_size: int) -> np.ndarray:
     """P(argmax w is the clean token) = E[Phi((clean + noise g) / noise)^(V - 1)], g a standard Gaussian; shape of noise_share."""
-    share = np.atleast_1d(np.asarray(noise_share, np.float64))
+    share = np.asarray(noise_share, np.float64).reshape(-1)
     g = np.linspace(-10.0, 10.0, 2001)
     density = np.exp(-0.5 * g * g)
     density /= density.sum()
@@ -95,7 +101,7 @@ def flow_corruption(samples: Iterable[dict], options: MaskingOptions, flow: Flow
 
     Every eligible token counts, with weight noise / (V clean + noise): the less of the token is left the more it counts.
     """
-    schedule = replace(options.schedule.above(options.eps), high=min(options.schedule.high, 1 - options.eps))
+    schedule = options.schedule.inside(options.eps)
     k = min(flow.candidates, flow.vocab_size - 1)
     for sample in samples:
         tokens, index = sample["tokens"], sample["sample_id"]
@@ -114,7 +120,7 @@ def flow_corruption(samples: Iterable[dict], options: MaskingOptions, flow: Flow
         values[:, 0] = (1 - share) + share * torch.special.ndtri(torch.from_numpy(uniforms[:, 0])).numpy()
         values[:, 1:] = share * largest_gaussians(uniforms[:, 1:], flow.vocab_size - 1)
         values -= values.max(axis=1, keepdims=True)
-        soft = np.exp(values / flow.at_step(index // options.global_batch))
+        soft = np.exp(values / flow.of_sample(index, options.global_batch))
         soft /= soft.sum(axis=1, keepdims=True)
         soft[~counted] = np.eye(1, k + 1)  # what carries no loss is shown clean
         yield {

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Optional
 
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from data import cfg_dropout as cfg
 from data.batch import Kind
 from data.compact import CompactBatch, collate
-from data.corruption import first_tokens_given, no_corruption, uniform_corruption
+from data.corruption import no_corruption, uniform_corruption, with_first_tokens_given
 from data.errors import InputError
 from data.flow import FlowOptions, flow_corruption
 from data.masking import MaskingOptions, masking, random_length
@@ -76,6 +76,8 @@ class StageOptions:
 
 def corruption(options: StageOptions) -> Callable[[Iterable[dict]], Iterator[dict]]:
     """The stage that decides what the model sees and what counts in the loss. ValueError if it lacks an option."""
+    if options.shift:
+        return with_first_tokens_given(corruption(replace(options, shift=False)))
     if options.kind == "autoregressive":
         return no_corruption
     if options.kind == "uniform":
@@ -97,8 +99,6 @@ def stages(options: StageOptions) -> list[Callable[[Iterable[dict]], Iterator[di
         chain.append(partial(random_length, seed=seed, probability=options.random_length_prob))
     if options.cfg_dropout > 0 and options.cfg_condition == "prefix":
         chain.append(partial(cfg.prefix_condition, seed=seed))
-    if options.shift:
-        chain.append(first_tokens_given)
     chain.append(corruption(options))
     chain.append(
         partial(cfg.cfg_dropout, seed=seed, rate=options.cfg_dropout) if options.cfg_dropout > 0 else cfg.no_dropout

@@ -7,7 +7,7 @@ Masked Diffusion", arXiv 2406.04329, table 1). The mask probability runs over [l
 
 With low 0 and high 1 the expected weighted loss is the integral of E(p) / p over p, whatever the schedule: the bound. Every masked
 token of Bernoulli masks has a floor low = eps (Nie et al., arXiv 2502.09992, Algorithm 1), which gives the mean of E(p) / p over
-[eps, 1]: within about eps of the bound, and of finite variance.
+[eps, 1]: within about eps of the bound, and of finite variance (a polynomial's power must be above 1/2 for that).
 """
 
 from __future__ import annotations
@@ -52,6 +52,10 @@ class Schedule:
     def above(self, floor: float) -> Schedule:
         """The same schedule, never below `floor`."""
         return replace(self, low=max(self.low, floor))
+
+    def inside(self, eps: float) -> Schedule:
+        """The same schedule, no nearer than eps to either end. ValueError if nothing of it is left."""
+        return replace(self, low=max(self.low, eps), high=min(self.high, 1 - eps))
 
     def share(self, t: float) -> float:
         """1 - alpha(t): the share of tokens that is gone, rising from 0 to 1."""

@@ -22,10 +22,10 @@ from parallel.engine import LossOutput
 from pretrain.config import ObjectiveConfig
 from pretrain.evaluated_run import EvaluatedRun
 from pretrain.likelihood_draws import variance_of_mean
-from pretrain.metrics import T_BINS, sum_over_ranks
+from pretrain.metrics import T_BINS, sum_over_ranks, sums_by_level
 from pretrain.ratio import Estimate, ratio
 from pretrain.token_bytes import TokenBytes
-from pretrain.validation import Validation, loss_and_tokens, measured_as
+from pretrain.validation import MEASURED_EPS, Validation, broken_blocks, loss_and_tokens, measured_as
 
 
 class Meaning(NamedTuple):
@@ -42,7 +42,7 @@ def meaning_of(objective: ObjectiveConfig) -> Meaning:
     if objective.kind == "autoregressive":
         return Meaning("NLL", "exact", "chain rule")
     if measured_as(objective) == "uniform":
-        noise = f"{objective.schedule} schedule, noise in [{objective.eps:g}, {1 - objective.eps:g}]"
+        noise = f"{objective.schedule} schedule, noise in [{MEASURED_EPS:g}, {1 - MEASURED_EPS:g}], the rest left out"
         return Meaning("NELBO", "upper bound", f"continuous-time bound, t stratified over blocks and draws ({noise})")
     if objective.kind == "block":
         counts = f"in each block of {objective.block_size} tokens, {counts}"
@@ -75,20 +75,26 @@ def evaluate_blocks(
     bins = torch.zeros(2, T_BINS, dtype=torch.float64)
 
     def measure(batch: DiffusionBatch, output: LossOutput) -> Tensor:
-        bins.add_(_by_level(batch, output))
+        bins.add_(sums_by_level(batch, output.value))
         found = loss_and_tokens(batch, output)
         sizes = [
             block_bytes(validation, bytes_of, int(i) // validation.draws, int(n))
             for i, n in zip(batch.sample_ids, found[:, 1])
         ]
-        return torch.cat((found, torch.tensor(sizes, dtype=torch.float64)[:, None], batch.t[:, :1].double()), 1)
+        place = _place_in_strata(batch.t[:, :1].double(), validation)
+        return torch.cat((found, torch.tensor(sizes, dtype=torch.float64)[:, None], place), 1)
 
     table = validation.per_sample(run, 4, measure, run.trainer["step"]).view(validation.total, validation.draws, 4)
     loss, tokens, sizes, _ = table.mean(1).T
     values, counts = sum_over_ranks(bins, run.mesh)
-    nelbo = ratio(loss, tokens)
     if not tokens.sum():
         raise InputError(f"evaluate: nothing of {shards.location} counts in the loss: all of it is prompts or padding")
+    if broken := broken_blocks(loss):
+        raise InputError(
+            f"evaluate: {run.folder} has no finite loss in {len(broken)} of the {validation.total} blocks of {shards.location}, "
+            f"block {broken[0]} first (from token {data.sequence_length * broken[0]} on): take another checkpoint"
+        )
+    nelbo = ratio(loss, tokens)
     whole = validation.total == len(validation.blocks)
     return {
         **run.described(),
@@ -123,18 +129,22 @@ def block_bytes(validation: Validation, bytes_of: TokenBytes, g: int, tokens: in
     return bytes_of.count(sample["tokens"].astype(np.int64), counted, sample.get("prompt"), before)
 
 
-def _by_level(batch: DiffusionBatch, output: LossOutput) -> Tensor:
-    """The unweighted losses of masked tokens summed by noise level, and how many there were: [2, T_BINS] float64."""
-    level = (batch.t[batch.masked] * T_BINS).long().clamp(max=T_BINS - 1)
-    values = output.value.double().cpu()[batch.masked]
-    sums = torch.zeros(T_BINS, dtype=torch.float64).index_add_(0, level, values)
-    return torch.stack((sums, torch.bincount(level, minlength=T_BINS).double()))
+def _place_in_strata(t: Tensor, validation: Validation) -> Tensor:
+    """What rises with the stratum of a sample, of its first noise level `t`.
+
+    Kind block deals its parts out over as many ranges in an order of chance, and in each of them the samples over strata
+    (data.noise.noise_levels). That chance is noise of the draw: sorted by the level itself it would be left out of the error.
+    """
+    if validation.form.kind != "block":
+        return t
+    return (t * -(-validation.blocks.sequence_length // validation.form.block_size)) % 1.0
 
 
 def _noise_of_draws(table: Tensor) -> float:
     """Standard error of sum S / sum n from the draws alone, the blocks being what they are; nan for one draw.
 
-    table: [blocks, draws, 4], loss, tokens, bytes and noise level. The levels of a block's draws are stratified.
+    table: [blocks, draws, 4], loss, tokens, bytes and the place in the strata. Neighbours in them are compared, in an order that
+    does not depend on what was drawn, so it is not too small in expectation (pretrain.likelihood_draws.variance_of_mean).
     """
     order = table[:, :, 3].argsort(1)
     losses = table[:, :, 0].gather(1, order).numpy()

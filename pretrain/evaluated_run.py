@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
@@ -84,12 +84,21 @@ class EvaluatedRun:
 
 
 def score_together(
-    run: EvaluatedRun, scored: Scored, requests: Sequence[Request], options: LikelihoodOptions
+    run: EvaluatedRun,
+    scored: Scored,
+    requests: Sequence[Request],
+    options: LikelihoodOptions,
+    names: Optional[Sequence[str]] = None,
 ) -> list[Score]:
-    """pretrain.likelihood.score with the requests dealt out over the ranks; all of them get all scores. Collective."""
+    """pretrain.likelihood.score with the requests dealt out over the ranks; all of them get all scores. Collective.
+
+    names: what messages call each request; by default `request i`, i its number among all of them.
+    """
+    names = names or [f"request {number}" for number in range(len(requests))]
     mine = range(run.mesh.dp_rank, len(requests), run.mesh.dp)
     table = torch.zeros(len(requests), _FIELDS, dtype=torch.float64)
-    for at, found in zip(mine, score(scored, [requests[i] for i in mine], options)):
+    scores = score(scored, [requests[i] for i in mine], options, names=[names[i] for i in mine])
+    for at, found in zip(mine, scores):
         table[at] = torch.tensor(found, dtype=torch.float64)
     return [
         Score(value, error, int(tokens), bool(greedy), int(cut))

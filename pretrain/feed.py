@@ -50,7 +50,7 @@ class Feed:
         form, by = batch_form(config.objective, special.eos), normalizer(config.objective)
         source = training_batches(
             self._blocks,
-            stage_options(config),
+            stage_options(config, (self._plan.position.step, self._plan.position.sample)),
             part,
             special.pad,
             consumed=self.consumed(self._step),

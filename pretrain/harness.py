@@ -11,7 +11,7 @@ from typing import Any, Optional
 from data.errors import InputError
 from pretrain.evaluated_run import EvaluatedRun
 from pretrain.likelihood import LikelihoodOptions
-from pretrain.text_pairs import described
+from pretrain.text_pairs import described, method
 
 BOOTSTRAPS = 1000  # resamples for the standard error of metrics that are no means
 
@@ -99,8 +99,7 @@ def shown(found: dict[str, Any]) -> list[str]:
     config = found.get("config", {})
     lines = [
         f"{found['checkpoint']} (step {found['step']}, objective {found['objective']})",
-        f"  {found['measure']}: {found['bound']}; {found['estimator']}, draws an answer {found['draws']}, seed {found['seed']}, "
-        f"CFG scale {found['cfg_scale']:g}",
+        method(found),
     ]
     if config.get("cut_prompts") or config.get("shortened_generations"):
         lines.append(

@@ -7,6 +7,7 @@ lm_eval.simple_evaluate(model="palimpsest", model_args="run=runs/quickstart,draw
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Optional
 
@@ -22,10 +23,31 @@ from pretrain.evaluated_run import EvaluatedRun, gathered, score_together
 from pretrain.likelihood import LikelihoodOptions, Request, Score
 from pretrain.likelihood_draws import Estimator, content_key
 from pretrain.sampler import SamplingOptions, generate
+from pretrain.sampler_logits import BrokenLogits
 from pretrain.sampler_options import MEANINGFUL, options_for
 from pretrain.text_pairs import described, encode_pair, text_start
 
+BATCH_SIZE = 8  # rows at once, where the harness does not say
 _USED = ("do_sample", "temperature", "top_p", "until", "max_gen_toks")
+
+
+def _rows(batch_size: int | str) -> int:
+    """What a batch size that may be text says; `auto`, or `auto:N`, is the default."""
+    if str(batch_size).partition(":")[0] == "auto":
+        return BATCH_SIZE
+    try:
+        return int(str(batch_size))
+    except ValueError:
+        raise InputError(f"palimpsest: batch_size is {batch_size!r}: it must be a whole number or `auto`") from None
+
+
+def _names(requests: Sequence[Any]) -> list[str]:
+    """What messages call each request: its number in the list, and where it is from if the harness says so."""
+    return [
+        f"{request.request_type} request {number}"
+        + (f" (task {request.task_name}, document {request.doc_id})" if request.task_name else "")
+        for number, request in enumerate(requests)
+    ]
 
 
 class _Job(NamedTuple):
@@ -49,7 +71,7 @@ class PalimpsestLM(LM):
         estimator, draws, cfg_scale, seed, batch_size, greedy: pretrain.likelihood.LikelihoodOptions.
         length: most tokens of a generated answer, where the task does not say.
         steps: forwards for a generated answer; None: one a token.
-        device, max_batch_size: what the harness says of itself; without effect.
+        device, max_batch_size: what the harness says of itself; without effect. So is a batch_size of `auto`: it is the default.
     """
 
     def __init__(
@@ -59,7 +81,7 @@ class PalimpsestLM(LM):
         draws: int = 128,
         cfg_scale: float = 0.0,
         seed: int = 0,
-        batch_size: int = 8,
+        batch_size: int | str = BATCH_SIZE,
         greedy: bool = True,
         length: int = 256,
         steps: Optional[int] = None,
@@ -67,8 +89,11 @@ class PalimpsestLM(LM):
         max_batch_size: Optional[int] = None,
     ):
         super().__init__()
-        self.options = LikelihoodOptions(estimator, draws, float(cfg_scale), seed, int(batch_size), greedy)
+        rows = _rows(batch_size)
+        self.options = LikelihoodOptions(estimator, draws, float(cfg_scale), seed, rows, greedy)
         self.run = run if isinstance(run, EvaluatedRun) else EvaluatedRun.open(run)
+        if str(batch_size).startswith("auto") and self.run.mesh.rank == 0:
+            print(f"palimpsest: batch_size {batch_size} is not searched for, {rows} is taken", file=sys.stderr)
         self.length, self.steps = length, steps
         self.asked = 0  # requests seen
         self.errors: list[float] = []  # standard error of each estimate
@@ -77,7 +102,7 @@ class PalimpsestLM(LM):
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood or its estimated bound in nats, whether the answer is greedy) of each (context, continuation)."""
-        scores = self._score([encode_pair(self.run, *request.args) for request in requests])
+        scores = self._score([encode_pair(self.run, *request.args) for request in requests], _names(requests))
         self.errors += [found.standard_error for found in scores]
         answers = [(found.log_likelihood, found.greedy) for found in scores]
         for request, answer in zip(requests, answers):
@@ -91,7 +116,8 @@ class PalimpsestLM(LM):
         it has fewer tokens to score; the first has what stands before a text (pretrain.text_pairs.text_start).
         """
         windows = [list(self._windows(*request.args)) for request in requests]
-        scores = iter(self._score([window for text in windows for window in text]))
+        names = [f"{name}, window {at}" for name, text in zip(_names(requests), windows) for at in range(len(text))]
+        scores = iter(self._score([window for text in windows for window in text], names))
         found = []
         for request, text in zip(requests, windows):
             parts = [next(scores) for _ in text]
@@ -104,10 +130,15 @@ class PalimpsestLM(LM):
         """A text behind each context, up to the first of its stop words or end-of-text; see pretrain.sampler."""
         self.asked += len(requests)
         jobs = [self._job(number, *request.args) for number, request in enumerate(requests)]
-        mine = {}
+        mine: dict[int, str] = {}
+        names = _names(requests)
         for batch in self._alike(jobs[self.run.mesh.dp_rank :: self.run.mesh.dp]):
-            for job, text in zip(batch, self._generate(batch)):
-                mine[job.number] = text
+            try:
+                texts = self._generate(batch)
+            except BrokenLogits as error:
+                others = f" or one of the {len(batch) - 1} beside it" if len(batch) > 1 else ""
+                raise InputError(f"{names[batch[0].number]}{others}: {error} (take another checkpoint)") from error
+            mine |= {job.number: text for job, text in zip(batch, texts)}
         texts = gathered(self.run, mine, len(jobs))
         for request, text in zip(requests, texts):
             self.cache_hook.add_partial("generate_until", request.args, text)
@@ -124,9 +155,9 @@ class PalimpsestLM(LM):
             "shortened_generations": self.shortened,
         }
 
-    def _score(self, requests: list[Request]) -> list[Score]:
+    def _score(self, requests: list[Request], names: list[str]) -> list[Score]:
         self.asked += len(requests)
-        scores = score_together(self.run, self.run.scored(), requests, self.options)
+        scores = score_together(self.run, self.run.scored(), requests, self.options, names)
         self.cut += sum(found.cut > 0 for found in scores)
         return scores
 

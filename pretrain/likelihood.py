@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ import torch
 from data.errors import InputError
 from pretrain.likelihood_draws import ESTIMATORS, Estimator, content_key, draw_mask, standard_error
 from pretrain.likelihood_model import Scored, greedy_matches, wanted_logits
+from pretrain.sampler_logits import BrokenLogits
 
 _TOGETHER = 256  # requests whose masks are kept at once
 
@@ -76,6 +78,7 @@ class Score(NamedTuple):
 class _Plan:
     """A request on its way: its row of ids, which of them each draw scores, and what came out."""
 
+    name: str
     ids: np.ndarray  # [L] int64
     prompt: int  # tokens of it that are given
     cut: int
@@ -99,7 +102,11 @@ DrawMask = Callable[[Estimator, int, str, int, int, int], tuple[np.ndarray, floa
 
 
 def score(
-    scored: Scored, requests: Sequence[Request], options: LikelihoodOptions, draw: DrawMask = draw_mask
+    scored: Scored,
+    requests: Sequence[Request],
+    options: LikelihoodOptions,
+    draw: DrawMask = draw_mask,
+    names: Optional[Sequence[str]] = None,
 ) -> list[Score]:
     """The score of every request, in order.
 
@@ -108,20 +115,25 @@ def score(
     answer, or, with blocks, over each block given the clean ones before it. Autoregressive: the chain rule, exact, one row
     for each request. An empty answer has log-likelihood 0 (the empty product) and is greedy; the model is not asked.
 
-    Raises InputError for an answer that alone is longer than the context. A prompt that is too long loses its beginning.
+    A prompt that is too long loses its beginning. Raises InputError for an answer that alone is longer than the context, and for a
+    model whose output is no number; it names the request by its entry of `names` (`request i` without them).
     """
-    plans = [_plan(scored, number, request) for number, request in enumerate(requests)]
+    names = names or [f"request {number}" for number in range(len(requests))]
+    plans = [_plan(scored, name, request) for name, request in zip(names, requests, strict=True)]
     found: dict[int, Score] = {}
     order = sorted(range(len(plans)), key=lambda at: len(plans[at].ids))
     for start in range(0, len(order), _TOGETHER):
         part = [plans[at] for at in order[start : start + _TOGETHER]]
         rows = (row for plan in part for row in _rows(scored, plan, options, draw))
         for batch in _batches(rows, options.batch_size):
-            _compute(scored, batch, options.cfg_scale)
+            with _naming([row.plan for row in batch]):
+                _compute(scored, batch, options.cfg_scale)
         if options.greedy and not scored.exact:
             for group in _equal_lengths(part, options.batch_size):
                 ids, prompts = np.stack([plan.ids for plan in group]), [plan.prompt for plan in group]
-                for plan, fine in zip(group, greedy_matches(scored, ids, prompts, options.cfg_scale)):
+                with _naming(group):
+                    matches = greedy_matches(scored, ids, prompts, options.cfg_scale)
+                for plan, fine in zip(group, matches):
                     plan.greedy = fine
         for at, plan in zip(order[start:], part):
             found[at] = _score(plan, options)
@@ -129,21 +141,28 @@ def score(
     return [found[at] for at in range(len(plans))]
 
 
-def _plan(scored: Scored, number: int, request: Request) -> _Plan:
+@contextmanager
+def _naming(plans: Sequence[_Plan]) -> Iterator[None]:
+    """Broken logits of a row become a line that names the request; plans: of each row."""
+    try:
+        yield
+    except BrokenLogits as error:
+        raise InputError(f"{plans[error.row].name}: {error} (take another checkpoint)") from error
+
+
+def _plan(scored: Scored, name: str, request: Request) -> _Plan:
     prompt, answer = (np.asarray(part, np.int64) for part in request)
     least = int(scored.objective.shift)  # the first token of a text has no prediction
     if len(answer) and len(prompt) < least:
-        raise InputError(
-            f"request {number}: the first token of a text is not predicted (objective.shift): give a prompt"
-        )
+        raise InputError(f"{name}: the first token of a text is not predicted (objective.shift): give a prompt")
     room = scored.context - len(answer)
     if len(answer) and room < least:
         raise InputError(
-            f"request {number}: the answer has {len(answer)} tokens, the model was trained on texts of {scored.context}: score "
+            f"{name}: the answer has {len(answer)} tokens, the model was trained on texts of {scored.context}: score "
             f"at most {scored.context - least} at once"
         )
     cut = max(0, len(prompt) - room)
-    return _Plan(np.concatenate([prompt[cut:], answer]), len(prompt) - cut, cut)
+    return _Plan(name, np.concatenate([prompt[cut:], answer]), len(prompt) - cut, cut)
 
 
 def _blocks(scored: Scored, plan: _Plan) -> list[np.ndarray]:

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from data.errors import InputError
 from pretrain.predictor import Objective
-from pretrain.sampler_logits import Guided, LogitsFn
+from pretrain.sampler_logits import BrokenLogits, Guided, LogitsFn, guided_logits
 
 SCORED_KINDS = ("masked", "bert", "block", "autoregressive")
-_CHUNK_VALUES = 1 << 24  # float64 values worked on at once (128 MiB)
 
 
 @dataclass(frozen=True)
@@ -53,23 +52,16 @@ def wanted_logits(
 ) -> Iterator[tuple[Tensor, int]]:
     """(float64 logits [k, V] of some of the wanted (row, position) pairs, the first one's number), in order, in chunks.
 
-    Over the whole vocabulary, the mask token included, as in the loss that the model was trained by.
+    Over the whole vocabulary, the mask token included, as in the loss that the model was trained by. Raises BrokenLogits.
     """
     given = torch.from_numpy(ids)
     conditional, unconditional = scored.predict(given), None
     if cfg_scale:
         unconditional = scored.predict(given.masked_fill(_given(prompts, ids.shape[1]), scored.mask_id))
-    size = max(1, _CHUNK_VALUES // conditional.shape[-1])
-    for start in range(0, len(rows), size):
-        where = tuple(torch.from_numpy(i[start : start + size]).to(conditional.device) for i in (rows, positions))
-        logits = conditional[where].double()
-        if unconditional is not None:
-            other = unconditional[where].double()
-            ruled_out = torch.isneginf(logits) | torch.isneginf(other)
-            logits = (other + (1.0 + cfg_scale) * (logits - other)).masked_fill_(ruled_out, -torch.inf)
-        if not bool(torch.isfinite(logits.amax(-1)).all()):
-            raise ValueError("the best logit of a position is not finite: the model's output is broken")
+    start = 0
+    for logits in guided_logits(conditional, unconditional, cfg_scale, rows, positions):
         yield logits, start
+        start += len(logits)
 
 
 def _given(prompts: Sequence[int], length: int) -> Tensor:
@@ -83,6 +75,8 @@ def greedy_matches(scored: Scored, rows: np.ndarray, prompts: Sequence[int], cfg
     LLaDA's suffix_greedy_prediction (eval_llada.py): the answer is all masks; each step the model says the likeliest token of each,
     and the surest one alone is kept, until none is left; greedy is an answer that comes out token for token. Here the mask
     token is never said, blocks are filled in order, and a row ends at its first wrong token: what is kept never changes.
+
+    Raises BrokenLogits with the number of a row whose logits are no numbers.
     """
     column = np.arange(rows.shape[1])
     still_open = column >= np.asarray(prompts)[:, None]
@@ -96,7 +90,11 @@ def greedy_matches(scored: Scored, rows: np.ndarray, prompts: Sequence[int], cfg
         at, positions = np.nonzero(candidates)
         given = _given([prompts[i] for i in alive.tolist()], rows.shape[1])
         guided = Guided(scored.predict, given, scored.mask_id, scored.never, cfg_scale)
-        best = [torch.softmax(logits, -1).max(-1) for logits in guided.at(torch.from_numpy(ids[alive]), at, positions)]
+        chunks = guided.at(torch.from_numpy(ids[alive]), at, positions)
+        try:
+            best = [torch.softmax(logits, -1).max(-1) for logits in chunks]
+        except BrokenLogits as error:
+            raise BrokenLogits(int(alive[error.row])) from None
         sure = torch.cat([confidence.cpu() for confidence, _ in best]).numpy()
         said = torch.cat([token.cpu() for _, token in best]).numpy()
         first = np.unique(at, return_index=True)[1]

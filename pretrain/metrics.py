@@ -38,8 +38,6 @@ def global_counts(batches: Iterable[DiffusionBatch], mesh: Mesh, *more: int) -> 
 def token_sums(batch: DiffusionBatch, value: Tensor, ce: Tensor, correct: Tensor) -> Tensor:
     """The sums of one microbatch, [7 + 2 T_BINS] float64; value, ce and correct [B, L] as the model gives them."""
     value, masked, weight = value.detach().double().cpu(), batch.masked, batch.weight.double()
-    bins = (batch.t[masked] * T_BINS).long().clamp(max=T_BINS - 1)
-    value_by_bin = torch.zeros(T_BINS, dtype=torch.float64).index_add_(0, bins, value[masked])
     totals = torch.stack(
         (
             (weight * value).sum(),
@@ -51,7 +49,18 @@ def token_sums(batch: DiffusionBatch, value: Tensor, ce: Tensor, correct: Tensor
             weight[masked].sum(),
         )
     )
-    return torch.cat((totals, value_by_bin, torch.bincount(bins, minlength=T_BINS).double()))
+    return torch.cat((totals, *sums_by_level(batch, value)))
+
+
+def sums_by_level(batch: DiffusionBatch, value: Tensor) -> Tensor:
+    """The unweighted losses of masked tokens summed by noise level, and how many there were: [2, T_BINS] float64.
+
+    value: [B, C], of each counted token. Bin k has the levels in [k / T_BINS, (k + 1) / T_BINS), the last also 1.
+    """
+    bins = (batch.t[batch.masked] * T_BINS).long().clamp(max=T_BINS - 1)
+    values = value.detach().double().cpu()[batch.masked]
+    sums = torch.zeros(T_BINS, dtype=torch.float64).index_add_(0, bins, values)
+    return torch.stack((sums, torch.bincount(bins, minlength=T_BINS).double()))
 
 
 def train_metrics(sums: Tensor, normalizer: float) -> dict[str, float]:

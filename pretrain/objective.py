@@ -14,6 +14,8 @@ from parallel.row_losses import row_loss
 from pretrain.config import Config, ObjectiveConfig
 
 BERT_MASK_RATIO = (0.15, 0.99)
+ANNEAL_WINDOWS = 64
+SMALL_EPS = 0.01  # what a floor or ceiling of so much leaves out is not held against a bound
 MASKED_KINDS = ("masked", "block", "bert")  # those that replace tokens by the mask token
 Normalizer = Literal["tokens", "masked", "answers"]
 
@@ -39,13 +41,13 @@ def masking_options(config: Config) -> MaskingOptions:
     )
 
 
-def flow_options(config: Config) -> Optional[FlowOptions]:
-    """The soft inputs, for `flow`."""
+def flow_options(config: Config, start: tuple[int, int] = (0, 0)) -> Optional[FlowOptions]:
+    """The soft inputs, for `flow`. start: (step, sample) at which the stream begins."""
     objective = config.objective
     if objective.kind != "flow":
         return None
     return FlowOptions(
-        config.model.vocab_size, objective.temperature, objective.temperature_steps, objective.candidates
+        config.model.vocab_size, objective.temperature, objective.temperature_steps, objective.candidates, start
     )
 
 
@@ -84,16 +86,17 @@ def lookahead(config: Config, step: int) -> Optional[int]:
     Grows linearly from 0 (causal) to all in `anneal_attention` steps, as Gong et al. (arXiv 2410.17891) let more and
     more of the right context in; a window instead of random entries of the mask, so that fused kernels can take it.
     """
-    steps = config.objective.anneal_attention
+    steps, length = config.objective.anneal_attention, config.data.sequence_length
     if step >= steps:
         return None
-    return int((config.data.sequence_length - 1) * step / steps)
+    grain = max(1, length // ANNEAL_WINDOWS)  # few windows, so that compiled layers are compiled few times
+    return int((length - 1) * step / steps) // grain * grain
 
 
 def not_a_bound(objective: ObjectiveConfig) -> str:
     """Why the training loss is no bound of the negative log-likelihood; "" if it is one.
 
-    A floor or ceiling of eps, which leaves out a part of about eps, is not held against it (docs/objectives.md).
+    A small eps, which leaves out a part of about eps (of `uniform` more: docs/objectives.md), is not held against it.
     """
     if objective.kind == "bert":
         return "bert is plain cross-entropy at variable mask rates"
@@ -104,6 +107,9 @@ def not_a_bound(objective: ObjectiveConfig) -> str:
     chosen = schedule(objective)
     if (chosen.low, chosen.high) != (0.0, 1.0) and objective.kind != "autoregressive":
         return f"objective.mask_ratio [{chosen.low:g}, {chosen.high:g}] leaves out a part of the noise levels"
+    exact = objective.kind == "autoregressive" or objective.masking == "fixed_count"
+    if objective.eps > SMALL_EPS and not exact:
+        return f"objective.eps {objective.eps:g} leaves out a part of the noise levels (up to {SMALL_EPS:g} is small)"
     return ""
 
 
@@ -115,7 +121,11 @@ def check_objective(config: Config) -> None:
     of_masks = kind in MASKED_KINDS
     rules = [
         ("eps", 0 < objective.eps < 0.5, "in (0, 0.5): with eps 0 the weight 1/p has infinite variance"),
-        ("power", 0 < objective.power <= 100, "in (0, 100]"),
+        (
+            "power",
+            (0.2 if objective.masking == "fixed_count" else 0.501) <= objective.power <= 100,
+            "above 0.5 and at most 100 (below, Bernoulli weights have infinite variance; fixed_count takes 0.2 and more)",
+        ),
         ("mask_ratio", ratio is None or 0 <= ratio[0] < ratio[1] <= 1, "[low, high] with 0 <= low < high <= 1"),
         ("block_size", kind != "block" or size >= 1, "at least 1 with objective.kind block"),
         (
@@ -125,6 +135,17 @@ def check_objective(config: Config) -> None:
         ),
         ("block_size", kind == "block" or size == 0, f"0 with objective.kind {kind}: only block has blocks"),
         ("anneal_attention", objective.anneal_attention >= 0, ">= 0 (0 = full attention from the start)"),
+        (
+            "anneal_attention",
+            objective.anneal_attention <= config.train.steps,
+            f"at most train.steps ({config.train.steps}), or attention would never be full",
+        ),
+        (
+            "normalizer",
+            objective.normalizer != "masked" or kind not in ("masked", "block") or not objective.weighting,
+            "tokens or answers: weighted losses divided by masked tokens alone are neither a bound nor a mean "
+            "(objective.weighting=false makes them a mean)",
+        ),
         ("smoothing", 0 < objective.smoothing < 1, "in (0, 1): without smoothing the divergence is infinite"),
         ("temperature", 0 < temperature[1] <= temperature[0] < float("inf"), "[first, last], 0 < last <= first"),
         ("temperature_steps", objective.temperature_steps >= 1, ">= 1"),
@@ -150,10 +171,14 @@ def check_objective(config: Config) -> None:
     for key, fine, allowed in rules:
         if not fine:
             raise InputError(f"config: objective.{key} is {getattr(objective, key)!r}, it must be {allowed}")
-    if objective.eps >= schedule(objective).high:
+    try:
+        chosen = schedule(objective)
+        chosen.above(objective.eps) if of_masks else chosen.inside(objective.eps)
+    except ValueError:
         raise InputError(
-            f"config: objective.eps {objective.eps} must be below objective.mask_ratio's high end {schedule(objective).high}"
-        )
+            f"config: objective.eps {objective.eps} leaves nothing of objective.mask_ratio [{chosen.low:g}, {chosen.high:g}]: "
+            "lower it, or widen the range"
+        ) from None
 
 
 def _divisor(length: int, size: int) -> int:

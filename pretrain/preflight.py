@@ -16,6 +16,7 @@ import torch
 from data.durable import take_lock
 from data.errors import InputError
 from data.shard_set import ShardSet
+from data.tokenizer import load_tokenizer
 from parallel.checkpoint import latest, read_trainer
 from parallel.checkpoint_reader import check_files, check_tensors, read_metadata
 from parallel.legality import check_layout
@@ -63,6 +64,11 @@ def preflight(config: Config) -> Plan:
     )
     if problem:
         raise InputError(f"layout: {problem.reason}; nearest that works: {problem.alternative}")
+    if config.parallel.sequence_parallel and config.data.sequence_length % config.parallel.tensor:
+        raise InputError(
+            f"layout: data.sequence_length {config.data.sequence_length} is no multiple of parallel.tensor "
+            f"{config.parallel.tensor}: with sequence parallelism each rank has an equal share of a text"
+        )
     _check_deepspeed(config)
     check_schedule(config)
     # One process per host reads every byte; the others look at sizes and headers.
@@ -84,6 +90,8 @@ def preflight(config: Config) -> Plan:
             f"data.val_shards ({val_set.location}) was made with another tokenizer than data.shards "
             f"({data.first.location}): prepare both together"
         )
+    if local_rank == 0:  # a mask id that is an ordinary word, a file that is no tokenizer
+        load_tokenizer(data.first.tokenizer_path, special=data.first.special)
     _check_apex(config)
     folder = Path(config.run.dir) / config.run.name
     resume_from = latest(folder / "checkpoints")
@@ -94,7 +102,7 @@ def preflight(config: Config) -> Plan:
         if local_rank == 0:  # a thousand ranks need not ask for the sizes of a thousand files
             _check_readable(resume_from, shape)
     elif config.train.init_from:
-        _check_init(config, Path(config.train.init_from))
+        _check_init(config, Path(config.train.init_from), data.first.manifest.tokenizer_sha256)
     check_enough(config, data, position.consumed(config.train.steps, config.train.global_batch_size))
     return Plan(
         folder,
@@ -238,12 +246,18 @@ def _check_readable(checkpoint: Path, shape: ModelShape) -> None:
     )
 
 
-def _check_init(config: Config, checkpoint: Path) -> None:
+def _check_init(config: Config, checkpoint: Path, tokenizer_sha256: str) -> None:
     if not (checkpoint / "trainer.json").is_file():
         raise InputError(
             f"train.init_from: {checkpoint} is no checkpoint (expected a folder like RUN/checkpoints/step-00000100)"
         )
-    then = (read_trainer(checkpoint).get("config") or {}).get("model") or {}
+    trainer = read_trainer(checkpoint)
+    if trainer.get("tokenizer_sha256") not in (None, tokenizer_sha256):
+        raise InputError(
+            f"train.init_from: {checkpoint} was trained with another tokenizer than data.shards: the same ids would be other "
+            "texts; prepare the data with its run's tokenizer.json (prepare --tokenizer)"
+        )
+    then = (trainer.get("config") or {}).get("model") or {}
     now = to_dict(config)["model"]
     sizes = (
         "num_layers",
@@ -260,6 +274,21 @@ def _check_init(config: Config, checkpoint: Path) -> None:
                 f"train.init_from: {checkpoint} has model.{key} {then.get(key)}, this config {now[key]}: make them equal"
             )
     _check_readable(checkpoint, model_shape(config.model))
+
+
+def init_note(config: Config) -> str:
+    """What a person should know of the weights that a new run starts from; "" if nothing."""
+    if not config.train.init_from:
+        return ""
+    then = (read_trainer(Path(config.train.init_from)).get("config") or {}).get("objective") or {}
+    behind = then.get("kind") == "autoregressive" or bool(then.get("shift"))
+    shifted = config.objective.kind == "autoregressive" or config.objective.shift
+    if behind == shifted:
+        return ""
+    return (
+        f"note: the weights of train.init_from predict the {'next' if behind else 'same'} token, this objective the "
+        f"{'next' if shifted else 'same'} one: they have to unlearn that (objective.shift={str(behind).lower()} keeps it)"
+    )
 
 
 @contextlib.contextmanager

@@ -41,6 +41,7 @@ def log_samples(
     sections = []
     for g in range(min(count, len(blocks))):
         tokens = blocks.block(g).tokens.astype(np.int64)
+        tokens = tokens[: len(tokens) // engine.mesh.tp * engine.mesh.tp]  # equal shares under sequence parallelism
         hidden = hidden_tokens(g, len(tokens), count, objective)
         noisy = torch.from_numpy(np.where(hidden, mask_id, tokens))[None]
         filled = generate(

@@ -6,6 +6,7 @@ Shapes: B rows, L positions, V vocabulary; n positions of any rows that are look
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Optional
 
 import numpy as np
 import torch
@@ -16,6 +17,14 @@ from data.corruption import random_tokens
 
 LogitsFn = Callable[[Tensor], Tensor]
 _CHUNK_VALUES = 1 << 24  # float64 values worked on at once (128 MiB), so that L * V never exists in float64
+
+
+class BrokenLogits(ValueError):
+    """The logits of a position of row `row` have no best one that is a number."""
+
+    def __init__(self, row: int):
+        super().__init__("the best logit of a position is not finite: the model's output is broken")
+        self.row = row
 
 
 class Guided:
@@ -35,24 +44,11 @@ class Guided:
     def at(self, ids: Tensor, rows: np.ndarray, positions: np.ndarray) -> Iterator[Tensor]:
         """Chunks [<= n, V] of the logits at (rows, positions), both [n].
 
-        A token that either side of the guidance rules out stays ruled out (-inf minus -inf would be no number).
-
-        Raises ValueError when the logits have another shape, or the best one of a position is no number.
+        Raises ValueError when the logits have another shape, BrokenLogits when the best one of a position is no number.
         """
         conditional = self._forward(ids)
         unconditional = self._forward(ids.masked_fill(self.prompt_mask, self.mask_id)) if self.scale else None
-        size = max(1, _CHUNK_VALUES // conditional.shape[2])
-        for start in range(0, len(rows), size):
-            where = tuple(torch.from_numpy(i[start : start + size]).to(conditional.device) for i in (rows, positions))
-            logits = conditional[where].double()
-            if unconditional is not None:
-                u = unconditional[where].double()
-                ruled_out = torch.isneginf(logits) | torch.isneginf(u)
-                logits = (u + (1.0 + self.scale) * (logits - u)).masked_fill_(ruled_out, -torch.inf)
-            logits[:, self.never] = -torch.inf
-            if not bool(torch.isfinite(logits.amax(dim=-1)).all()):  # nan, +inf, or nothing left to choose
-                raise ValueError("the best logit of a position is not finite: the model's output is broken")
-            yield logits
+        yield from guided_logits(conditional, unconditional, self.scale, rows, positions, self.never)
 
     def _forward(self, ids: Tensor) -> Tensor:
         logits, never = self.predict(ids), self.never
@@ -64,6 +60,35 @@ class Guided:
                 f"the mask and forbidden ids must lie in 0..{vocabulary - 1} and leave a token to choose, got {never}"
             )
         return logits
+
+
+def guided_logits(
+    conditional: Tensor,
+    unconditional: Optional[Tensor],
+    scale: float,
+    rows: np.ndarray,
+    positions: np.ndarray,
+    never: Sequence[int] = (),
+) -> Iterator[Tensor]:
+    """float64 chunks [<= n, V] of u + (1 + scale)(c - u) at (rows, positions), both [n], of logits c and u [B, L, V]; u None: of c.
+
+    A token that either side rules out stays ruled out (-inf minus -inf would be no number), and so are the ids in `never`.
+
+    Raises BrokenLogits when the best logit of a position is no number.
+    """
+    size = max(1, _CHUNK_VALUES // conditional.shape[2])
+    for start in range(0, len(rows), size):
+        where = tuple(torch.from_numpy(i[start : start + size]).to(conditional.device) for i in (rows, positions))
+        logits = conditional[where].double()
+        if unconditional is not None:
+            u = unconditional[where].double()
+            ruled_out = torch.isneginf(logits) | torch.isneginf(u)
+            logits = (u + (1.0 + scale) * (logits - u)).masked_fill_(ruled_out, -torch.inf)
+        logits[:, list(never)] = -torch.inf
+        fine = torch.isfinite(logits.amax(dim=-1))
+        if not bool(fine.all()):  # nan, +inf, or nothing left to choose
+            raise BrokenLogits(int(rows[start + int((~fine).int().argmax())]))
+        yield logits
 
 
 def gumbel_choice(

@@ -12,6 +12,7 @@ from typing import Any
 from data.errors import InputError
 from pretrain.config import Config, ModelConfig, ObjectiveConfig
 from pretrain.load_config import to_dict
+from pretrain.objective import BERT_MASK_RATIO
 
 # Changing one of these makes it another model.
 MODEL_KEYS = tuple(f"model.{name}" for name in ModelConfig.__dataclass_fields__ if name != "norm_impl")
@@ -52,7 +53,7 @@ def go_on(config: Config, data_fingerprint: str, trainer: dict[str, Any], folder
     Raises InputError, naming every key, for changes that would make it another model, or another stream without
     data.reset_stream. A reset goes on behind the samples already read if the blocks and their order stay the same, else at 0.
     """
-    now, then = to_dict(config), trainer.get("config") or {}
+    now, then = _settled(to_dict(config)), _settled(trainer.get("config") or {})
     stored = trainer.get("stream") or {}
     position = StreamPosition(stored.get("step", 0), stored.get("sample", 0), tuple(stored.get("resets", ())))
     changed = {
@@ -80,6 +81,18 @@ def go_on(config: Config, data_fingerprint: str, trainer: dict[str, Any], folder
     sample = 0 if any(key in BLOCK_KEYS for key in changed) else -(-before // batch) * batch
     record = {"step": step, "sample_before": before, "sample": sample, "changed": changed}
     return StreamPosition(step, sample, (*position.resets, record))
+
+
+def _settled(values: dict[str, Any]) -> dict[str, Any]:
+    """A config whose objective says what its defaults mean, so that a run that spelled them out is the same."""
+    given = values.get("objective")
+    if not isinstance(given, dict):
+        return values
+    kind = given.get("kind")
+    ratio = list(BERT_MASK_RATIO) if kind == "bert" else [0.0, 1.0]
+    divisor = "masked" if kind == "bert" else "tokens"
+    meant = {"normalizer": given.get("normalizer") or divisor, "mask_ratio": given.get("mask_ratio") or ratio}
+    return {**values, "objective": {**given, **meant}}
 
 
 def _look_up(values: dict[str, Any], key: str) -> Any:

@@ -13,6 +13,7 @@ import torch
 from data.errors import InputError
 from pretrain.evaluated_run import EvaluatedRun, score_together
 from pretrain.likelihood import LikelihoodOptions, Request
+from pretrain.likelihood_model import SCORED_KINDS
 from pretrain.ratio import Estimate, ratio
 
 
@@ -86,7 +87,8 @@ def evaluate_pairs(run: EvaluatedRun, path: str, options: LikelihoodOptions) -> 
     The standard error of a pair is that of its draws; those of the means are over pairs.
     """
     scored, pairs = run.scored(), read_pairs(path)
-    scores = score_together(run, scored, [encode_pair(run, *pair) for pair in pairs], options)
+    names = [f"--pairs {path}, pair {number} of {len(pairs)}" for number in range(1, len(pairs) + 1)]
+    scores = score_together(run, scored, [encode_pair(run, *pair) for pair in pairs], options, names)
     values = torch.tensor([found.log_likelihood for found in scores], dtype=torch.float64)
     sizes = [len(split_pair(*pair).answer.encode()) for pair in pairs]
     tokens = torch.tensor([found.tokens for found in scores], dtype=torch.float64)
@@ -117,16 +119,26 @@ def evaluate_pairs(run: EvaluatedRun, path: str, options: LikelihoodOptions) -> 
 
 
 def described(run: EvaluatedRun, options: LikelihoodOptions) -> dict[str, Any]:
-    """How answers are scored, in words and numbers."""
+    """How answers are scored, in words and numbers; of an objective without answer likelihoods only what its texts follow from."""
+    chosen = {"seed": options.seed, "cfg_scale": options.cfg_scale}
+    if run.objective.kind not in SCORED_KINDS:
+        return chosen
     exact = run.objective.kind == "autoregressive"
     return {
         "measure": "log-likelihood of an answer given its prompt",
         "bound": "exact" if exact else "lower bound",
         "estimator": "chain rule" if exact else options.estimator,
         "draws": 1 if exact else options.draws,
-        "seed": options.seed,
-        "cfg_scale": options.cfg_scale,
+        **chosen,
     }
+
+
+def method(found: dict[str, Any]) -> str:
+    """The line about `described`."""
+    measured = ""
+    if "measure" in found:
+        measured = f"{found['measure']}: {found['bound']}; {found['estimator']}, draws an answer {found['draws']}, "
+    return f"  {measured}seed {found['seed']}, CFG scale {found['cfg_scale']:g}"
 
 
 def shown(found: dict[str, Any]) -> list[str]:
@@ -135,8 +147,7 @@ def shown(found: dict[str, Any]) -> list[str]:
         f"{found['checkpoint']} (step {found['step']}, objective {found['objective']}) on {found['pairs']}",
         f"  {found['count']:,} answers, {found['tokens']:,} tokens, {found['bytes']:,} bytes"
         + (f"; {found['cut_prompts']} prompts lost their beginning, being too long" if found["cut_prompts"] else ""),
-        f"  {found['measure']}: {found['bound']}; {found['estimator']}, draws an answer {found['draws']}, seed {found['seed']}, "
-        f"CFG scale {found['cfg_scale']:g}",
+        method(found),
     ]
     for name in ("pair", "token", "byte"):
         e = Estimate(**found[f"per_{name}"])

@@ -31,7 +31,7 @@ from pretrain.metrics import broken_samples, sum_over_ranks, token_sums, train_m
 from pretrain.model import build_chunks, parallel_layout
 from pretrain.objective import not_a_bound, row_length, row_loss_of
 from pretrain.predictor import objective_of
-from pretrain.preflight import Plan, hold, preflight
+from pretrain.preflight import Plan, hold, init_note, preflight
 from pretrain.sample_log import log_samples
 from pretrain.saving import Saving
 from pretrain.tracking import MetricLog, Shipper, read_state, tracking_uri, truncate_metrics
@@ -152,6 +152,8 @@ class _Run:
             self.display.say(
                 f"nothing to do: the run is at step {self.step} and ends at {self.stop}; raise train.steps or train.stop_at"
             )
+        if self.step == 0 and (said := init_note(config)):
+            self.display.say(said)
         if reason := not_a_bound(config.objective):
             self.display.say(f"note: train/loss is NOT a bound of the negative log-likelihood: {reason}")
         began = time.perf_counter()

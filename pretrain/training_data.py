@@ -129,8 +129,8 @@ def open_set(key: str, location: str, verify: Verify, config: Config, tolerate: 
     return found
 
 
-def stage_options(config: Config) -> StageOptions:
-    """The stages of the training stream."""
+def stage_options(config: Config, start: tuple[int, int] = (0, 0)) -> StageOptions:
+    """The stages of the training stream. start: (step, sample) at which it begins."""
     data, objective = config.data, config.objective
     return StageOptions(
         masking_options(config),
@@ -143,7 +143,7 @@ def stage_options(config: Config) -> StageOptions:
         kind=objective.kind,
         shift=objective.shift,
         vocab_size=config.model.vocab_size,
-        flow=flow_options(config),
+        flow=flow_options(config, start),
     )
 
 

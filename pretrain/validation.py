@@ -1,4 +1,8 @@
-"""Validation: an unbiased estimate of the negative ELBO on held-out blocks with fixed draws, and its standard error."""
+"""Validation: an estimate of the negative ELBO on held-out blocks with fixed draws, and its standard error.
+
+The stratum of a block's noise level follows from the block's number, the place in it is random. So the estimate is unbiased
+over exchangeable blocks (no number is special), not for given blocks in a given order.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from data.batch import DiffusionBatch, Kind, expand
 from data.compact import CompactBatch
 from data.loader import Slice, StageOptions, validation_batches
 from data.masking import MaskingOptions
+from data.noise import Schedule
 from data.samples import Blocks, sample_of
 from data.shard_set import ShardSet
 from data.stream import Block, SequentialBlocks
@@ -25,8 +30,10 @@ from parallel.row_loss import RowLoss
 from parallel.row_losses import row_loss
 from pretrain.config import Config, ObjectiveConfig
 from pretrain.metrics import sum_over_ranks
-from pretrain.objective import MASKED_KINDS, batch_form, lookahead, masking_options
+from pretrain.objective import MASKED_KINDS, batch_form, lookahead, schedule
 from pretrain.ratio import ratio
+
+MEASURED_EPS = 1e-3  # how far from both ends the noise levels of `uniform` stay
 
 
 class Forward(Protocol):
@@ -43,9 +50,9 @@ class Validation:
     """Every block of the validation set once (or the first `most`), draws a function of the block's number alone.
 
     Masks (objectives masked, bert, block) are `fixed_count`: exactly l tokens, l uniform in 1..eligible, weight eligible / l, which
-    is the bound itself (no eps, no mask_ratio), with l stratified over the blocks. `uniform` draws as in training, and so is
-    `flow` measured: its network is a uniform-state denoiser, of which that bound holds whatever trained it. The same blocks and
-    draws at every layout, microbatch size and seed of the run.
+    is the bound itself (no eps, no mask_ratio), with l stratified over the blocks. `uniform` is measured at all noise levels but
+    the outermost MEASURED_EPS, and so is `flow`: its network is a uniform-state denoiser, of which that bound holds whatever
+    trained it. The same blocks and draws at every layout, microbatch size and seed of the run.
 
     Args:
         config: of the run, for its objective; None: masked.
@@ -85,7 +92,7 @@ class Validation:
             block_size=self.form.block_size,
         )
         if self.form.kind not in MASKED_KINDS:
-            drawn = replace(masking_options(config), seed=seed, global_batch=self.samples, t_sampling="stratified")
+            drawn = replace(drawn, masking="bernoulli", eps=MEASURED_EPS, schedule=measured_schedule(config.objective))
         self.options = StageOptions(
             replace(drawn, stream="validation"),
             isolate=isolate,
@@ -163,12 +170,16 @@ class Validation:
     def run(self, engine: Forward, step: Optional[int] = None) -> dict[str, float]:
         """val/nelbo (nats per token), its standard error (pretrain.ratio, over blocks), and the perplexity bound. Collective.
 
-        Of `autoregressive` these are the likelihood itself and its perplexity.
+        Of `autoregressive` these are the likelihood itself and its perplexity. Where blocks have a loss that is not finite, so is
+        val/nelbo, and val/broken_blocks is how many they are, val/first_broken_block the number of the first.
         """
         table = self.per_sample(engine, 2, loss_and_tokens, step).view(self.total, self.draws, 2).mean(1)
         found = ratio(*table.T)  # nan: prompts alone
         bound = found.exp().value
-        return {"val/nelbo": found.value, "val/nelbo_se": found.se, "val/ppl_bound": bound}
+        metrics = {"val/nelbo": found.value, "val/nelbo_se": found.se, "val/ppl_bound": bound}
+        if broken := broken_blocks(table[:, 0]):
+            metrics |= {"val/broken_blocks": len(broken), "val/first_broken_block": broken[0]}
+        return metrics
 
     def sentence(self, metrics: dict[str, float]) -> str:
         """What a person reads of `run`'s result."""
@@ -176,7 +187,18 @@ class Validation:
         return (
             f"validation {name} {metrics['val/nelbo']:.4f} +- {metrics['val/nelbo_se']:.4f} nats per token (perplexity {sign} "
             f"{metrics['val/ppl_bound']:.2f})"
-        )
+        ) + self._broken(metrics)
+
+    def _broken(self, metrics: dict[str, float]) -> str:
+        if not metrics.get("val/broken_blocks"):
+            return ""
+        count, first = int(metrics["val/broken_blocks"]), int(metrics["val/first_broken_block"])
+        return f"; the loss is not finite in {count} of {self.total} blocks, block {first} first"
+
+
+def measured_schedule(objective: ObjectiveConfig) -> Schedule:
+    """The schedule of the noise levels that a uniform-state network is measured at: all of them, whatever it was trained on."""
+    return replace(schedule(objective), low=0.0, high=1.0)
 
 
 def measured_as(objective: ObjectiveConfig) -> Kind:
@@ -196,6 +218,11 @@ def _row_loss(engine: Forward, chosen: RowLoss) -> Iterator[None]:
     finally:
         for head, own in zip(heads, before):
             head.row_loss = own
+
+
+def broken_blocks(losses: Tensor) -> list[int]:
+    """The numbers of the blocks whose loss is not finite. losses: [blocks]."""
+    return (~torch.isfinite(losses)).nonzero()[:, 0].tolist()
 
 
 def loss_and_tokens(batch: DiffusionBatch, output: LossOutput) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from data.cfg_dropout import no_dropout
 from data.compact import collate
 from data.corruption import first_tokens_given, no_corruption, uniform_corruption
 from data.flow import FlowOptions, flow_corruption, keep_probability, largest_gaussians
+from data.loader import StageOptions, stages
 from data.masking import MaskingOptions, draw_mask, masking
 from data.noise import Schedule, noise_levels
 
@@ -223,6 +225,8 @@ def test_flow_s_mixture_is_the_softmax_over_the_whole_vocabulary():
 def test_flow_s_temperature_falls_by_step():
     flow = FlowOptions(50, temperature=(1e-3, 1e-8), temperature_steps=100)
     assert [flow.at_step(s) for s in (0, 50, 100, 900)] == pytest.approx([1e-3, 10**-5.5, 1e-8, 1e-8])
+    again = replace(flow, start=(40, 640))  # a stream begun anew at step 40, sample 640, with batches of 32
+    assert [again.of_sample(640 + 32 * k, 32) for k in range(3)] == [flow.at_step(40 + k) for k in range(3)]
 
 
 # --- forms of a batch
@@ -251,6 +255,27 @@ def test_shift_pays_the_position_before_and_gives_the_first_token_of_each_text()
         assert getattr(b, name)[:, :-1].equal(getattr(plain, name)[:, 1:]), name
     assert not b.masked[:, -1].any() and not b.eligible[:, -1].any() and not b.weight[:, -1].any()
     assert b.noisy_ids.equal(plain.noisy_ids) and b.position_ids.equal(plain.position_ids)
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_given_first_tokens_are_no_condition(isolated):
+    """With shift and CFG dropout: a sample without a prompt has nothing to drop, and its first token stays shown."""
+    options = StageOptions(MaskingOptions(0, 8), cfg_dropout=0.9, cfg_condition="spans", shift=True, isolate=isolated)
+    borders = {"borders": BORDERS} if isolated else {}
+
+    def drawn(**more):
+        stream = samples(64, **borders, **more)
+        for stage in stages(options):
+            stream = stage(stream)
+        return expand(next(collate(stream, 64, PAD)), MASK, Form(shift=True))
+
+    plain, prompted = drawn(), drawn(prompt=np.arange(L) < 3)
+    assert not plain.dropped.any() and 40 < int(prompted.dropped.sum()) < 64
+    starts = [0, 7, 8, 17] if isolated else [0]
+    clean = torch.from_numpy(np.stack([s["tokens"] for s in samples(64)]).astype(np.int64))
+    assert plain.noisy_ids[:, starts].equal(clean[:, starts])
+    assert not plain.eligible[:, [i - 1 for i in starts if i] + [L - 1]].any() and not plain.masked[:, L - 1].any()
+    assert int(plain.eligible.sum(1)[0]) == L - len(starts)
 
 
 def test_a_lookahead_opens_attention_step_by_step():

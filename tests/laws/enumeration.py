@@ -19,7 +19,6 @@ from data import randomness
 from data.batch import MASKED, DiffusionBatch, Form, expand
 from data.cfg_dropout import no_dropout
 from data.compact import collate
-from data.corruption import first_tokens_given
 from data.loader import StageOptions, corruption
 from data.masking import MaskingOptions
 from parallel.engine import LossOutput, model_inputs
@@ -100,9 +99,8 @@ def rows(
     texts = np.broadcast_to(tokens, (count, length)).astype(np.uint16)
     samples = [{"sample_id": i, "tokens": texts[i], "length": length, **fields} for i in range(count)]
     chosen = replace(options, masking=replace(options.masking, t_sampling="iid"))
-    given = first_tokens_given(samples) if chosen.shift else samples
     with dictated(levels, masks, noise):
-        drawn = list(no_dropout(corruption(chosen)(given)))
+        drawn = list(no_dropout(corruption(chosen)(samples)))
     batch = expand(next(collate(drawn, count, PAD)), MASK, form)
     weights = np.stack([np.broadcast_to(_by_token(s, length), (length,)) for s in drawn])
     if batch.weight.shape[1] > length:

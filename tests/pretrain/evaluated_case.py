@@ -6,7 +6,7 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 
@@ -22,9 +22,18 @@ MODEL = ModelConfig(num_layers=2, hidden_size=16, num_heads=2, num_kv_heads=1, f
 
 
 def make_run(
-    folder: Path, corpus: Path, sequence_length: int, scale: float = 0.3, data: Any = None, **objective: Any
+    folder: Path,
+    corpus: Path,
+    sequence_length: int,
+    scale: float = 0.3,
+    data: Any = None,
+    nan_token: Optional[int] = None,
+    **objective: Any,
 ) -> Path:
-    """`folder`, a run whose model has weights of standard deviation `scale`; its vocabulary is larger than the tokenizer's."""
+    """`folder`, a run whose model has weights of standard deviation `scale`; its vocabulary is larger than the tokenizer's.
+
+    nan_token: an id whose embedding is no number, so that nothing is where it is read.
+    """
     shards = ShardSet.open(corpus / "train", "size")
     config = Config(
         model=MODEL,
@@ -36,6 +45,9 @@ def make_run(
     for name, spec in parameter_table(model_shape(MODEL)).items():
         noise = scale * torch.randn(spec.shape, generator=draw)
         state[f"weight/{name}"] = 1 + noise if len(spec.shape) == 1 else noise
+    if nan_token is not None:
+        (embedding,) = (name for name in state if "embed" in name)
+        state[embedding][nan_token] = torch.nan
     trainer = {
         "applied_steps": 40,
         "config": to_dict(config),

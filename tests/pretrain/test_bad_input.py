@@ -129,6 +129,11 @@ CONFIG_MISTAKES = {
         ["--optimizer.schedule", "stages", "--optimizer.stages", "[[5,-0.1,constant]]"],
         ["optimizer.stages", "rates >= 0"],
     ),
+    "a schedule that leaves [0, 1]": (["--objective.mask_ratio", "[0.2, 1.3]"], ["objective.mask_ratio", "0 <= low"]),
+    "blocks that do not divide a row": (
+        ["--objective.kind", "block", "--objective.block_size", "5"],
+        ["objective.block_size is 5", "data.sequence_length (32)", "nearest: 4"],
+    ),
     "a name that leaves the folder": (["--run.name", "../evil"], ["run.name", "plain folder name"]),
     "an empty folder": (["--run.dir", ""], ["run.dir"]),
     "a folder that cannot be made": (["--run.dir", "/proc/x"], ["/proc/x", "cannot be written"]),
@@ -225,6 +230,18 @@ CHANGED = {
     "objective.shift": "true", "objective.anneal_attention": "5", "objective.smoothing": "0.1",
     "objective.temperature": "[1e-2, 1e-8]", "objective.temperature_steps": "9", "objective.candidates": "3",
 }  # fmt: skip
+
+
+def test_a_mask_id_that_is_an_ordinary_word_is_refused_before_anything_starts(capsys, corpus, tmp_path):
+    shutil.copytree(corpus / "train", tmp_path / "train")
+    manifest = json.loads((tmp_path / "train" / "manifest.json").read_text())
+    manifest["special"]["mask"] = 100
+    (tmp_path / "train" / "manifest.json").write_text(json.dumps(manifest))
+    command = arguments(
+        corpus, tmp_path / "runs", "r", **{"data.shards": tmp_path / "train", "train.validate_every": 0}
+    )
+    check_fails(capsys, command, "tokenizer.json", "plain text", "special id")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_an_existing_run_is_not_continued_with_another_model_stream_or_objective_and_stays_as_it_is(

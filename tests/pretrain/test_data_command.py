@@ -68,6 +68,24 @@ def test_inspect_shows_samples_as_training_draws_them(train_set: Path, capsys) -
         assert abs(float(rate) - float(expected)) < 5 * 50 / count**0.5
 
 
+@pytest.mark.parametrize("kind", ["uniform", "flow", "block", "autoregressive"])
+def test_inspect_shows_what_each_objective_hides_as_often_as_expected(
+    train_set: Path, tmp_path: Path, capsys, kind
+) -> None:
+    size = 32 if kind == "block" else 0
+    (tmp_path / "c.yaml").write_text(f"objective: {{kind: {kind}, block_size: {size}}}\nmodel: {{vocab_size: 512}}\n")
+    command = ["data", "inspect", str(train_set), "--chunks", "1", "--batch", "1", "--config", str(tmp_path / "c.yaml")]
+    assert execute(command) == 0
+    out = capsys.readouterr().out
+    rows = re.findall(r"(0\.\d) - [01]\.\d +([\d.]+)% \( *([\d.]+)%\) +of +([\d,]+) tokens", out)
+    if kind == "autoregressive":
+        assert not rows and "nothing is hidden" in out
+        return
+    assert len(rows) >= 8 and float(rows[0][1]) < 15
+    for _, rate, expected, tokens in rows:
+        assert abs(float(rate) - float(expected)) < 5 * 50 / int(tokens.replace(",", "")) ** 0.5
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -10,6 +10,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -207,6 +208,26 @@ def test_the_error_of_the_draws_is_the_spread_over_seeds(runs, shards):
     assert math.isnan(evaluate_blocks(run, shards, most=4, micro_batch=64)["se_of_draws"])
 
 
+@pytest.mark.parametrize("name", ["masked", "block"])
+def test_the_error_of_the_draws_is_never_too_small_where_one_level_rules_the_loss(runs, shards, name):
+    """A network whose tokens cost t^2 in the first three places, nothing in the others: the loss of a block with parts of their own
+    levels (in an order of chance) is that of its first level, which is then noise of the draw, not a difference between strata."""
+    run = EvaluatedRun.open(str(runs / name))
+
+    def forward(microbatch):
+        value = microbatch["masked"] * microbatch["t"].double() ** 2
+        value[:, 3:] = 0
+        return SimpleNamespace(value=value)
+
+    run.forward = forward
+    for draws in (2, 8):
+        found = [evaluate_blocks(run, shards, most=12, draws=draws, seed=s, micro_batch=64) for s in range(40)]
+        spread = np.std([f["nelbo"]["value"] for f in found], ddof=1)
+        said = math.sqrt(np.mean([f["se_of_draws"] ** 2 for f in found]))
+        assert said > 0.75 * spread
+        assert said < 1.35 * spread or name == "masked", "parts in an order of chance are hardly stratified"
+
+
 def test_a_ratio_of_sums_and_its_error():
     g = torch.Generator().manual_seed(0)
     values = []
@@ -257,6 +278,31 @@ def test_pairs_are_scored_as_their_tokens_are(runs, pairs, capsys):
     assert found["cut_prompts"] == 1 and "1 prompts lost their beginning" in text
     assert "lower bound; fixed_count, draws an answer 12, seed 3, CFG scale 0.5" in text
     assert (found["estimator"], found["draws"], found["seed"], found["cfg_scale"]) == ("fixed_count", 12, 3, 0.5)
+
+
+def test_a_broken_model_is_named_with_the_first_block_and_the_pair(runs, corpus, shards, tmp_path, capsys):
+    """A network that gives no number where it reads one rare token."""
+    tokenizer = EvaluatedRun.open(str(runs / "plain")).tokenizer
+    early, late = (shards.read_tokens(start, count).tolist() for start, count in ((0, 64), (64, 1216)))
+    texts = {token: tokenizer.decode([token]) for token in sorted(set(late) - set(early), key=late.count)}
+    token, text = next(
+        (t, c) for t, c in texts.items() if c.strip() == c and tokenizer.encode_batch([c])[0].tolist() == [t]
+    )
+    broken = make_run(tmp_path / "broken", corpus, 32, nan_token=token)
+    run, pairs = EvaluatedRun.open(str(broken)), tmp_path / "pairs.jsonl"
+    given = [("x", "y"), (text, " = os"), ("z", "y = 1")]
+    assert token in encode_pair(run, *given[1]).prompt
+    pairs.write_text("\n".join(json.dumps({"prompt": prompt, "answer": answer}) for prompt, answer in given))
+    validation = Validation(shards, 32, 8, 40, config=run.config)
+    found = validation.per_sample(run, 2, loss_and_tokens)[:, 0]
+    wrong = [g for g, value in enumerate(found.tolist()) if not math.isfinite(value)]
+    assert 0 < len(wrong) < 20 and wrong[0] > 0, "else any name would do"
+    said = refused(capsys, "--run", broken, "--shards", corpus / "val", "--blocks", 40)
+    assert f"no finite loss in {len(wrong)} of the 40 blocks of" in said
+    assert f"block {wrong[0]} first (from token {32 * wrong[0]} on)" in said
+    for options in ([], ["--greedy", "false"], ["--cfg-scale", 1]):
+        said = refused(capsys, "--run", broken, "--pairs", pairs, "--draws", 2, *options)
+        assert f"--pairs {pairs}, pair 2 of 3: the best logit of a position is not finite" in said
 
 
 def test_prompt_and_answer_are_the_tokens_of_both_together(runs):
@@ -346,7 +392,7 @@ def test_mistakes_are_one_line(runs, corpus, pairs, tmp_path, capsys):
         assert where in refused(capsys, *plain, "--pairs", tmp_path / "bad.jsonl")
     long = {"prompt": "", "answer": "word " * 100}
     (tmp_path / "long.jsonl").write_text(json.dumps(long))
-    assert "request 0: the answer has" in refused(capsys, *plain, "--pairs", tmp_path / "long.jsonl")
+    assert "long.jsonl, pair 1 of 1: the answer has" in refused(capsys, *plain, "--pairs", tmp_path / "long.jsonl")
 
 
 def test_without_the_harness_one_line_says_how_to_get_it(capsys, monkeypatch):

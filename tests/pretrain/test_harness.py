@@ -190,6 +190,53 @@ def test_an_objective_without_likelihood_still_generates(runs):
         model.loglikelihood(ask("loglikelihood", ("x", "y")))
 
 
+def test_a_run_without_likelihoods_reports_none(runs, tasks, tmp_path, capsys):
+    file = tmp_path / "found.json"
+    common = ["--include-path", tasks, "--harness", "local_generate", "--steps", 2, "--seed", 4, "--json", file]
+    for name, reported in (("uniform", False), ("masked", True)):
+        assert execute(["evaluate", "--run", str(runs / name), *map(str, common)]) == 0
+        found, text = json.loads(file.read_text()), capsys.readouterr().out
+        for part in (found, found["config"]):
+            assert all((key in part) == reported for key in ("measure", "bound", "estimator", "draws"))
+            assert part["seed"] == 4
+        assert ("log-likelihood" in text) == reported and "seed 4" in text
+
+
+def test_the_size_of_batches_may_be_left_to_the_model(runs, capsys):
+    def made(size: object) -> PalimpsestLM:
+        return get_model("palimpsest").create_from_arg_string(f"run={runs / 'masked'}", {"batch_size": size})
+
+    for size in ("auto", "auto:4"):
+        assert made(size).options.batch_size == made(None).options.batch_size == 8
+        assert capsys.readouterr().err == f"palimpsest: batch_size {size} is not searched for, 8 is taken\n"
+    assert made("3").options.batch_size == 3 and not capsys.readouterr().err
+    for size in ("many", "2.5", "", "0"):
+        with pytest.raises(InputError, match="batch_size is"):
+            made(size)
+
+
+def test_the_request_that_a_model_breaks_on_is_named(runs, corpus, masked, tmp_path):
+    (token,) = masked.tokenizer.encode_batch(["~"])[0].tolist()
+    run = EvaluatedRun.open(str(make_run(tmp_path / "broken", corpus, LENGTH, nan_token=token)))
+    model, metadata = PalimpsestLM(run, draws=2), ("arc", 17, 1)
+    until = {"until": [], "max_gen_toks": 4}
+    wrong = [
+        (model.loglikelihood, "loglikelihood", [("x = ", "1"), ("~ ", "os")], "request 1"),
+        (
+            model.loglikelihood_rolling,
+            "loglikelihood_rolling",
+            [("x",), (TEXTS[0] + "~",)],
+            r"request 1, window \d",
+        ),
+        (model.generate_until, "generate_until", [("x = [1, 2", until), ("~ ", until)], "request 1"),
+    ]
+    for method, kind, arguments, where in wrong:
+        with pytest.raises(InputError, match=f"^{kind} {where}: .* not finite"):
+            method(ask(kind, *arguments))
+    with pytest.raises(InputError, match=r"^loglikelihood request 0 \(task arc, document 17\): "):
+        model.loglikelihood([Instance("loglikelihood", {}, ("~ ", "os"), 0, metadata)])
+
+
 def test_an_option_that_generation_does_not_know_is_refused_only_where_it_would_matter(masked):
     model = PalimpsestLM(masked)
     known = {"until": [], "max_gen_toks": 4}

@@ -17,10 +17,11 @@ from parallel.mesh import build_mesh
 from parallel.shape import ModelShape
 from pretrain.likelihood import LikelihoodOptions, Request, score
 from pretrain.likelihood_draws import content_key, draw_mask, noise_of, standard_error
-from pretrain.likelihood_model import Scored
+from pretrain.likelihood_model import Scored, greedy_matches
 from pretrain.model import DiffusionTransformer
 from pretrain.predictor import Objective, Predictor
 from pretrain.sampler import SamplingOptions, generate
+from pretrain.sampler_logits import BrokenLogits
 
 VOCAB, MASK, EOS, CONTEXT = 11, 0, 1, 12
 PROMPT, ANSWER = np.array([4, 7, 3]), np.array([5, 9, 2, 5, 8])
@@ -390,6 +391,56 @@ def test_options_out_of_range_are_refused_in_one_line(options):
 def test_a_broken_model_is_not_a_score(scored):
     found = scored("masked")
     broken = Scored(lambda ids: torch.full((*ids.shape, VOCAB), math.nan), Objective(), MASK, CONTEXT)
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(InputError, match="request 0: .* not finite"):
         score(broken, [Request(PROMPT, ANSWER)], LikelihoodOptions())
     assert math.isfinite(score(found, [Request(PROMPT, ANSWER)], LikelihoodOptions(draws=2))[0].log_likelihood)
+
+
+@pytest.mark.parametrize("cfg", [0.0, 1.0])
+@pytest.mark.parametrize("name", ["masked", "block", "autoregressive"])
+def test_the_request_that_a_model_breaks_on_is_named(scored, name, cfg):
+    """Six requests in batches of 4, of which the one with token 10 in its prompt gets no numbers: in its rows, or only greedily."""
+    own = scored(name)
+
+    def breaking(ids, fully_masked_alone=False):
+        logits = own.predict(ids).clone()
+        hit = (ids == 10).any(1)
+        if fully_masked_alone:
+            hit &= (ids[:, 3:] == MASK).all(1)
+        logits[hit] = math.nan
+        return logits
+
+    requests = [Request(np.array([i + 2, 7, 3]), ANSWER[: 3 + i % 2]) for i in range(8)]
+    requests[6], requests[7] = Request(PROMPT, ANSWER), Request(np.array([10, 7, 3]), ANSWER)
+    names = [f"text {i}" for i in range(len(requests))]
+    options = LikelihoodOptions(draws=2, batch_size=4, cfg_scale=cfg)
+    fully = (lambda ids: breaking(ids, True)) if name == "masked" else breaking
+    for predict in (breaking, fully):
+        model = Scored(predict, OBJECTIVES[name], MASK, CONTEXT)
+        with pytest.raises(InputError, match="^text 7: .* not finite") as raised:
+            score(model, requests, options, names=names)
+        assert "\n" not in str(raised.value)
+
+
+def test_the_row_that_greedy_unmasking_breaks_on_is_counted_among_all_rows():
+    """The first row ends at its wrong token; the second, then the only one left, gets no number after its first right one."""
+
+    def predict(ids):
+        logits = torch.zeros(*ids.shape, VOCAB)
+        logits[..., 5] = 1
+        logits[(ids == 5).any(1)] = math.nan
+        return logits
+
+    with pytest.raises(BrokenLogits) as raised:
+        greedy_matches(Scored(predict, Objective(), MASK, CONTEXT), np.array([[7, 2, 2], [7, 5, 5]]), [1, 1], 0.0)
+    assert raised.value.row == 1
+
+
+def test_working_in_chunks_changes_no_score(scored, monkeypatch):
+    requests = [Request(PROMPT, ANSWER), Request(ANSWER, PROMPT)]
+    for cfg in (0.0, 0.5):
+        options = LikelihoodOptions(draws=3, cfg_scale=cfg)
+        whole = score(scored("masked"), requests, options)
+        with monkeypatch.context() as patch:
+            patch.setattr("pretrain.sampler_logits._CHUNK_VALUES", 2 * VOCAB)
+            assert score(scored("masked"), requests, options) == whole

@@ -12,7 +12,7 @@ import torch
 from data.batch import DiffusionBatch
 from data.manifest import SpecialIds
 from parallel.mesh import single_process_mesh
-from pretrain.metrics import T_BINS, global_counts, token_sums, train_metrics
+from pretrain.metrics import T_BINS, global_counts, sums_by_level, token_sums, train_metrics
 from pretrain.validation import Validation
 from tests.distributed import training_case as case
 
@@ -58,6 +58,14 @@ def test_every_metric_equals_a_loop_over_tokens_and_does_not_depend_on_the_split
     assert found == pytest.approx(expected, rel=1e-6)
 
 
+def test_sums_by_level_are_counted_in_ten_bins_of_which_the_last_holds_its_end(group):
+    t = torch.tensor([0.0, 0.0999, 0.1, 0.55, 0.95, 1.0, 0.5]).expand(1, -1).float()
+    masked = torch.tensor([[True] * 6 + [False]])
+    batch = DiffusionBatch(**{**group[0].tensors(), "t": t, "masked": masked})
+    sums, counts = sums_by_level(batch, torch.tensor([[1.0, 2, 4, 8, 16, 32, 64]])).tolist()
+    assert sums == [3, 4, 0, 0, 0, 8, 0, 0, 0, 48] and counts == [2, 1, 0, 0, 0, 1, 0, 0, 0, 2]
+
+
 VOCAB, LENGTH = 4, 3
 
 
@@ -65,12 +73,13 @@ class UnigramEngine:
     """An engine whose model knows only token frequencies, so that the exact bound is the cross-entropy with them."""
 
     mesh = single_process_mesh()
+    chunks = ()
 
     def __init__(self, probabilities: list[float]):
         self.cost = -torch.tensor(probabilities, dtype=torch.float64).log()
 
     def forward(self, batch: dict[str, torch.Tensor]):
-        value = self.cost[batch["target_ids"]] * batch["masked"]
+        value = self.cost[batch["target_ids"]].masked_fill(~batch["masked"], 0.0)
         return type("Output", (), {"value": value})
 
 
@@ -104,6 +113,34 @@ def test_the_validation_bound_is_exact_where_it_can_be_computed_and_its_standard
     spread = values.std(ddof=1)
     assert abs(values.mean() - exact) < 4 * spread / math.sqrt(len(values))
     assert 0.85 < np.sqrt((errors**2).mean()) / spread < 1.25
+
+
+def test_blocks_without_a_finite_loss_are_counted_and_named():
+    """Token 3 costs no number: the blocks that have one masked are broken, the value is nan, and nothing crashes."""
+    ids = np.full(7 * 12, 2)
+    ids[7 * 4 : 7 * 5] = ids[7 * 9 : 7 * 10] = 3
+    validation, cost = Validation(Tokens(ids), 7, 5), UnigramEngine([0.25] * 4)
+    whole = validation.run(cost)
+    assert set(whole) == {"val/nelbo", "val/nelbo_se", "val/ppl_bound"} and "finite" not in validation.sentence(whole)
+    for value in (math.nan, math.inf):
+        cost.cost[3] = value
+        found = validation.run(cost)
+        assert not math.isfinite(found["val/nelbo"])
+        assert (found["val/broken_blocks"], found["val/first_broken_block"]) == (2, 4)
+        assert validation.sentence(found).endswith("; the loss is not finite in 2 of 12 blocks, block 4 first")
+
+
+def test_the_range_of_a_blocks_noise_level_follows_from_its_number_and_the_number_of_blocks():
+    """So a set in which every fourth block is dear is not estimated without bias, and other `most` are other draws."""
+    ids = np.full(16 * 8, 2)
+
+    def levels(most: int, seed: int) -> np.ndarray:
+        batches = Validation(Tokens(ids), 8, 16, most, seed=seed).batches(0, 1)
+        return np.concatenate([batch.t[:, 0].numpy() for batch in batches])
+
+    strata = [np.floor(levels(16, seed) * 16) for seed in range(5)]
+    assert all(np.array_equal(strata[0], other) for other in strata) and sorted(strata[0]) == list(range(16))
+    assert not np.allclose(levels(16, 0)[:8], levels(8, 0))
 
 
 def test_one_block_alone_has_no_standard_error():

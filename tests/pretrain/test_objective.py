@@ -23,7 +23,7 @@ from pretrain.objective import (
 
 def config(data=None, **objective):
     chosen = Config(objective=ObjectiveConfig(**objective))
-    chosen.data = DataConfig(sequence_length=24, **(data or {}))
+    chosen.data = DataConfig(**{"sequence_length": 24} | (data or {}))
     return chosen
 
 
@@ -36,6 +36,13 @@ BAD = [
     ({"schedule": "polynomial", "power": 0.0}, "objective.power"),
     ({"schedule": "polynomial", "power": -1.0}, "objective.power"),
     ({"schedule": "polynomial", "power": math.nan}, "objective.power"),
+    ({"schedule": "polynomial", "power": 0.5}, "objective.power"),
+    ({"schedule": "polynomial", "power": 0.1, "masking": "fixed_count"}, "objective.power"),
+    ({"normalizer": "masked"}, "objective.normalizer"),
+    ({"kind": "block", "block_size": 4, "normalizer": "masked"}, "objective.normalizer"),
+    ({"kind": "uniform", "mask_ratio": (0.9995, 1.0)}, "objective.eps"),
+    ({"kind": "flow", "eps": 0.4, "mask_ratio": (0.7, 1.0)}, "objective.eps"),
+    ({"anneal_attention": 5000}, "train.steps"),
     ({"kind": "block"}, "objective.block_size"),
     ({"kind": "block", "block_size": 5}, "nearest: 4"),
     ({"kind": "block", "block_size": 48}, "nearest: 24"),
@@ -72,12 +79,15 @@ GOOD = [
     {"kind": "block", "block_size": 8, "masking": "fixed_count"},
     {"kind": "block", "block_size": 24},
     {"kind": "bert"},
+    {"normalizer": "masked", "weighting": False},
+    {"normalizer": "answers"},
+    {"schedule": "polynomial", "power": 0.3, "masking": "fixed_count"},
     {"kind": "uniform", "schedule": "cosine"},
     {"kind": "flow"},
     {"kind": "autoregressive"},
     {"shift": True, "anneal_attention": 100},
     {"noise_unit": "document", "data": {"packing": "isolate"}},
-    {"mask_ratio": (0.3, 0.8), "schedule": "polynomial", "power": 0.5},
+    {"mask_ratio": (0.3, 0.8), "schedule": "polynomial", "power": 0.6},
 ]
 
 
@@ -101,6 +111,9 @@ def test_settings_that_make_sense_are_taken(objective):
         ({"kind": "bert"}, False),
         ({"kind": "flow"}, False),
         ({"weighting": False}, False),
+        ({"eps": 0.3}, False),
+        ({"eps": 0.3, "masking": "fixed_count"}, True),
+        ({"kind": "uniform", "eps": 0.3}, False),
         ({"mask_ratio": (0.3, 0.8)}, False),
         ({"kind": "block", "block_size": 4, "mask_ratio": (0.3, 1.0)}, False),
     ],
@@ -120,6 +133,10 @@ def test_bert_is_plain_cross_entropy_per_masked_token_at_15_to_99_percent():
 def test_attention_grows_from_causal_to_full():
     chosen = config(anneal_attention=10)
     grown = [lookahead(chosen, step) for step in range(12)]
+    assert (
+        max(len({lookahead(config(anneal_attention=900, data={"sequence_length": 4096}), s) for s in range(900)}), 1)
+        <= 65
+    )
     assert grown[0] == 0 and grown[10:] == [None, None] and grown[:10] == sorted(grown[:10]) and grown[9] == 20
     assert lookahead(config(), 0) is None
 

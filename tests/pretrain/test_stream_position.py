@@ -57,6 +57,18 @@ def test_another_stream_is_refused_unless_it_is_reset_on_purpose(change):
     assert position.consumed(9, batch) == expected + 2 * batch
 
 
+def test_a_run_that_spelled_out_what_a_default_means_is_the_same_run():
+    config = Config()
+    then = trainer(config, 7)
+    then["config"]["objective"] |= {"normalizer": "tokens", "mask_ratio": [0.0, 1.0]}
+    assert go_on(config, "d", then, "f") == StreamPosition()
+    for name in ("power", "candidates", "normalizer", "mask_ratio"):  # a config from before there was such a key
+        del then["config"]["objective"][name]
+    assert go_on(config, "d", then, "f") == StreamPosition()
+    with pytest.raises(InputError, match="objective.normalizer .there tokens, now answers"):
+        go_on(changed(config, objective__normalizer="answers"), "d", then, "f")
+
+
 def test_other_data_needs_a_reset_too_and_another_model_is_never_the_same_run():
     config = Config()
     with pytest.raises(InputError, match="data.shards .*other shards, tokenizer or mixture"):

@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.errors import InputError
 from parallel import checkpoint
 from parallel.boxes import Boxes
 from parallel.shape import parameter_table
-from pretrain.load_config import config_from_dict
+from pretrain.load_config import config_from_dict, load_config
 from pretrain.model import model_shape
+from pretrain.preflight import init_note, preflight
 from tests.distributed.launch import ROOT, environment, run, start
 
 STEPS, KILLED_BEHIND, EVERY = 40, 14, 10
@@ -225,6 +227,14 @@ def test_init_from_takes_the_weights_and_nothing_else(corpus, runs, tmp_path):
         ),
         1,
     )
+    trainer = json.loads((source / "trainer.json").read_text())
+    other = tmp_path / "other"
+    shutil.copytree(source, other)
+    (other / "trainer.json").write_text(json.dumps(trainer | {"tokenizer_sha256": "0" * 64}))
+    with pytest.raises(InputError, match="another tokenizer"):
+        preflight(load_config(arguments(corpus, tmp_path, "new", **{"train.init_from": other})[1:]))
+    shifted = load_config(["--train.init_from", str(source), "--objective.shift", "true"])
+    assert "unlearn" in init_note(shifted) and not init_note(load_config(["--train.init_from", str(source)]))
     tuned, trained = stored_state(tmp_path / "tuned"), stored_state(runs / "straight")
     for name, values in trained.items():
         if name.startswith("weight/"):
