@@ -7,12 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from data.batch import DiffusionBatch, expand
 from data.compact import collate
 from data.errors import InputError
-from data.flow import keep_probability
 from data.inspect_sample import render_sample
 from data.loader import stages
 from data.samples import sample_of
@@ -98,9 +96,6 @@ def batch_lines(shards: ShardSet, view: View, width: int, colour: bool) -> list[
     if kind in ("uniform", "flow"):  # shown is what was replaced; expected: how often the replacement is another token
         drawn.masked = (drawn.noisy_ids != drawn.target_ids) & drawn.eligible
         drawn.p_mask = drawn.p_mask * (1 - 1 / config.model.vocab_size)
-        if kind == "flow":  # one noise level a sample
-            kept = keep_probability(compact.p_mask.astype(np.float64), config.model.vocab_size)
-            drawn.p_mask = torch.from_numpy(1 - kept).float()[:, None].expand(drawn.p_mask.shape)
     prompt = ~drawn.eligible & (drawn.document_ids >= 0)
     said = []
     if len(mixed := training_shards(view)) > 1:

@@ -13,7 +13,7 @@ from data.batch import MASKED, Form, answers, expand
 from data.cfg_dropout import no_dropout
 from data.compact import collate
 from data.corruption import first_tokens_given, no_corruption, uniform_corruption
-from data.flow import FlowOptions, flow_corruption, keep_probability, largest_gaussians
+from data.flow import FlowOptions, flow_corruption, gaussian_noise, keep_probability, largest_gaussians
 from data.loader import StageOptions, stages
 from data.masking import MaskingOptions, draw_mask, masking
 from data.noise import Schedule, noise_levels
@@ -189,7 +189,8 @@ def test_flow_s_tokens_are_the_argmax_of_the_noised_one_hot(vocab):
     tokens = ({"sample_id": i, "tokens": np.full(L, i % vocab, np.uint16)} for i in range(3000))
     b = expand(next(collate(no_dropout(flow_corruption(tokens, options, flow)), 3000, PAD)), MASK, Form("flow"))
     kept = b.noisy_ids == b.target_ids
-    expected = torch.from_numpy(keep_probability(b.p_mask[:, 0].double().numpy(), vocab))
+    alpha = 1 - b.p_mask[:, 0].double()
+    expected = alpha + (1 - alpha) / vocab
     variance = (expected * (1 - expected)).sum() * L
     assert abs(float((kept.double().mean(1) - expected).sum() * L / variance.sqrt())) < 4
     shift = (b.noisy_ids - b.target_ids)[~kept] % vocab
@@ -211,7 +212,7 @@ def test_flow_s_mixture_is_the_softmax_over_the_whole_vocabulary():
     flow = FlowOptions(vocab, temperature=(tau, tau), candidates=5)
     tokens = ({"sample_id": i, "tokens": np.full(L, 1, np.uint16)} for i in range(2000))
     b = expand(next(collate(no_dropout(flow_corruption(tokens, options, flow)), 2000, PAD)), MASK, Form("flow"))
-    share = b.p_mask[:, :1].double().numpy()[..., None]
+    share = np.array([gaussian_noise(float(1 - p), vocab) for p in b.p_mask[:, 0].double()])[:, None, None]
     w = share * np.random.default_rng(0).standard_normal((2000, L, vocab))
     w[..., 1:2] += 1 - share
     dense = np.exp((w - w.max(-1, keepdims=True)) / tau)
@@ -220,6 +221,14 @@ def test_flow_s_mixture_is_the_softmax_over_the_whole_vocabulary():
     for statistic in (lambda x: x.max(-1), lambda x: (x**2).sum(-1), lambda x: np.sort(x, -1)[..., -2]):
         a, c = statistic(found), statistic(dense)
         assert abs(a.mean() - c.mean()) < 5 * math.sqrt((a.var() + c.var()) / a.size)
+
+
+@pytest.mark.parametrize("vocab", [3, 512, 126464])
+def test_the_gaussian_that_leaves_a_share_leaves_it(vocab):
+    for alpha in (0.999, 0.7, 0.3, 0.05, 0.001):
+        g = gaussian_noise(alpha, vocab)
+        assert 0 < g < 1
+        assert float(keep_probability(g, vocab)) == pytest.approx(alpha + (1 - alpha) / vocab, abs=2e-5)
 
 
 def test_flow_s_temperature_falls_by_step():
