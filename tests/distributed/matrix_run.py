@@ -19,8 +19,9 @@ from tests.distributed.matrix import Cell
 
 # What is measured, and the largest relative error that counts as equal.
 BOUNDS = {"loss": 1e-6, "norm": 1e-6, "gradient": 1e-5, "weight": 1e-5, "moment": 1e-5}
-# float32 alone, in one process without any layout, is off by 1.2e-5 in one gradient of this objective's problem.
-ROUNDING = {"autoregressive": 2.0}
+# float32 alone, in one process without any layout, is off by 1.2e-5 in one gradient of the first one's problem, and by 1.4e-6 in
+# one norm of the other's.
+ROUNDING = {"autoregressive": 2.0, "flow": 2.0}
 START_SECONDS = 400  # imports of many ranks on few cores
 NO_RESULT = "no result"
 
