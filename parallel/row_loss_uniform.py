@@ -39,12 +39,23 @@ _LEAST_NOISE = 2.0**-25  # of c: half of float32's spacing below 1. An alpha tha
 
 @dataclass(frozen=True)
 class UniformBound:
-    """Rows bring the corrupted token and alpha in [0, 1]; their weight brings beta(t) = -alpha'(t) / alpha(t)."""
+    """Rows bring the corrupted token and alpha in [0, 1]; their weight brings beta(t) = -alpha'(t) / alpha(t).
 
+    posterior: the network says p(x | its own noisy token too), as cross-entropy teaches it, where the bound is lowest for
+    p(x | the other tokens). By Bayes' rule these differ by the factor (N alpha + 1 - alpha) / (1 - alpha) at the noisy token,
+    which is taken out; `ce` and `correct` are then of what is left.
+    """
+
+    posterior: bool = False
     needs_noise = True
 
     def __call__(self, logits: Tensor, rows: Rows, shard: VocabShard, grad_dtype: Optional[torch.dtype]) -> RowValues:
         assert rows.current is not None and rows.alpha is not None
+        if self.posterior:
+            column = shard.column(rows.current)
+            told = torch.log1p(shard.vocab_size * rows.alpha / (1 - rows.alpha).clamp_min(_LEAST_NOISE))
+            here = column.clamp_min(0)[:, None]
+            logits.scatter_(1, here, logits.gather(1, here) - torch.where(column >= 0, told, 0.0)[:, None])
         x = softmax_rows(logits, rows, shard)
         noise = _noise(rows.alpha, shard.vocab_size, rows.current == rows.targets, x)
         where = x.top, x.total, x.column, x.current_column, shard.real_rows, noise.gain

@@ -27,7 +27,8 @@ from parallel.block import DiffusionHead
 from parallel.engine import LossOutput, Microbatch
 from parallel.mesh import Mesh
 from parallel.row_loss import RowLoss
-from parallel.row_losses import row_loss
+from parallel.row_loss_cross_entropy import CROSS_ENTROPY
+from parallel.row_loss_uniform import UniformBound
 from pretrain.config import Config, ObjectiveConfig
 from pretrain.metrics import sum_over_ranks
 from pretrain.objective import MASKED_KINDS, batch_form, lookahead, schedule
@@ -80,7 +81,8 @@ class Validation:
         self.special = shards.special
         kind = measured_as(config.objective)
         self.form = replace(batch_form(config.objective, self.special.eos), kind=kind, weighting=True, per_answer=False)
-        self.row_loss = row_loss("uniform" if kind == "uniform" else "cross_entropy")
+        posterior = config.objective.kind == "flow"  # taught by labels, with its own token in sight
+        self.row_loss = UniformBound(posterior) if kind == "uniform" else CROSS_ENTROPY
         # Sample number i is draw i % draws of block i // draws: neighbouring numbers lie in strata far apart.
         self._repeated: Blocks = _Repeated(self.blocks, self.draws)
         self.samples = self.total * self.draws

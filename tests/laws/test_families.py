@@ -13,6 +13,7 @@ from data.cfg_dropout import no_dropout
 from data.compact import collate
 from data.loader import corruption
 from parallel.loss import diffusion_loss
+from parallel.row_loss_uniform import UniformBound
 from parallel.row_losses import row_loss
 from tests.laws import enumeration as law
 
@@ -262,22 +263,32 @@ def test_the_true_law_reaches_the_entropy():
     data = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03], dtype=torch.float64)
     x, z = (i.flatten() for i in torch.meshgrid(torch.arange(V), torch.arange(V), indexing="ij"))
     counted, same, eps = torch.ones(len(x), dtype=torch.bool), (x == z).double(), 1e-6
+    eye = torch.eye(V, dtype=torch.float64)
 
-    def bound(logits: torch.Tensor) -> float:
+    def bound(logits, kind: UniformBound = UniformBound()) -> float:  # noqa: B008
         total = 0.0
+        said = logits if callable(logits) and not isinstance(logits, torch.Tensor) else lambda alpha: logits
         for t, share in zip(*law.quadrature(300, eps, 1 - eps)):
             alpha = 1 - t
             chance = data[x] * (alpha * same + (1 - alpha) / V)
+            table = said(alpha).expand(len(x), V).contiguous()
+            alphas = torch.full((len(x),), alpha, dtype=torch.float64)
             found = diffusion_loss(
-                logits.expand(len(x), V), torch.eye(V, dtype=torch.float64), x, counted, chance / alpha, 1.0, vocab_size=V,
-                row_loss=row_loss("uniform"), current=z, alpha=torch.full((len(x),), alpha, dtype=torch.float64),
-            )  # fmt: skip
+                table, eye, x, counted, chance / alpha, 1.0, vocab_size=V, row_loss=kind, current=z, alpha=alphas
+            )
             total += share * float(found.loss)
         return total
 
     entropy = float(-(data * data.log()).sum())
     assert bound(data.log()) == pytest.approx(entropy, rel=1e-4)
     assert bound(torch.zeros(V, dtype=torch.float64)) > entropy + 0.1
+
+    def posterior(alpha: float) -> torch.Tensor:  # of each row's z
+        likelihood = alpha * torch.eye(V, dtype=torch.float64) + (1 - alpha) / V
+        return (data * likelihood[z]).log()
+
+    assert bound(posterior) > entropy + 0.1
+    assert bound(posterior, UniformBound(posterior=True)) == pytest.approx(entropy, rel=1e-4)
 
 
 def test_the_draws_of_training_estimate_the_uniform_bound(uniform_model):

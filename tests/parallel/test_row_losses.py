@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from parallel import row_loss_softmax
 from parallel.loss import DiffusionLossOutput, diffusion_loss
 from parallel.row_loss import RowLoss
+from parallel.row_loss_uniform import UniformBound
 from parallel.row_losses import ROW_LOSSES, row_loss
 from tests.parallel.row_loss_reference import VALUES, Noisy, dense, exact_symmetric_kl, exact_uniform, made_up
 from tests.parallel.test_loss import Allocations, distance
@@ -362,3 +363,28 @@ def test_the_references_in_fifty_digits_agree_with_those_in_float64():
                 more = (0.1,) if name == "symmetric_kl" else (int(case.current[i]), float(case.alpha[i]))
                 value, _ = exact(tuple(logits[i].tolist()), int(case.targets[i]), *more)
                 assert value == pytest.approx(float(want[i]), rel=1e-10)
+
+
+def test_a_posterior_is_measured_without_what_its_own_token_told_it():
+    """As the plain bound of logits from which log((N alpha + 1 - alpha) / (1 - alpha)) is taken at z by hand; gradients too."""
+    case = made_up(torch.float64)
+    n, vocab = 40, case.vocab_size
+    logits = torch.randn(n, vocab, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    current, targets, alpha = (x[case.masked][:n] for x in (case.current, case.targets, case.alpha.double()))
+    counted, weight, eye = (
+        torch.ones(n, dtype=torch.bool),
+        torch.rand(n).double(),
+        torch.eye(vocab, dtype=torch.float64),
+    )
+    told = ((vocab * alpha + 1 - alpha) / (1 - alpha)).log()
+    shifted = logits.scatter_add(1, current[:, None], -told[:, None])
+    found = []
+    for given, kind in ((logits, UniformBound(posterior=True)), (shifted, UniformBound())):
+        given = given.clone().requires_grad_()
+        output = diffusion_loss(
+            given, eye, targets, counted, weight, 3.0, vocab_size=vocab, row_loss=kind, current=current, alpha=alpha
+        )
+        output.loss.backward()
+        found.append((output.value, given.grad))
+    for one, other in zip(*found):
+        assert torch.allclose(one, other, rtol=1e-12, atol=1e-15)
