@@ -14,6 +14,8 @@ from tests.distributed import chunks_case as case
 from tests.distributed.launch import run
 from tests.distributed.training_case import full_weights
 
+pytestmark = pytest.mark.parity  # the everyday cells of the parity matrix run the same chunks inside engines
+
 SP = {"tensor": 2, "sequence_parallel": True}
 # ranks -> name -> layout; one launch for each number of ranks
 CELLS: dict[int, dict[str, dict]] = {

@@ -20,6 +20,8 @@ from tests.distributed import training_case as case
 from tests.distributed.launch import run
 
 # name: (ranks, tensor-parallel ranks, flags)
+pytestmark = pytest.mark.parity  # the everyday cells of the parity matrix take the first steps
+
 LAYOUTS = {
     "dp2 tp2, tied embeddings": (4, 2, ("tied", "checkpointing")),
     "dp1 compiled": (1, 1, ("compile",)),
