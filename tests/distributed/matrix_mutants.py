@@ -36,8 +36,8 @@ def masks_seeded_by_rank():
 
     draw = masking.draw_mask
 
-    def drawn(sample_id, start, stop, size, options):
-        return draw(sample_id, start, stop, size, replace(options, seed=options.seed + _rank()))
+    def drawn(sample_id, length, prompt, size, options, units=None):
+        return draw(sample_id, length, prompt, size, replace(options, seed=options.seed + _rank()), units)
 
     with patch.object(masking, "draw_mask", drawn):
         yield
@@ -77,9 +77,9 @@ def one_share_for_all_tensor_parallel_ranks():
 
 @mutant("rows of the vocabulary's padding take part in the softmax", "z3 dp2 x2", "fsdp2 tp2 x2")
 def padded_vocabulary_not_masked():
-    from parallel import loss
+    from parallel.row_loss import VocabShard
 
-    with patch.object(loss._VocabShard, "real_rows", property(lambda shard: shard.rows)):
+    with patch.object(VocabShard, "real_rows", property(lambda shard: shard.rows)):
         yield
 
 

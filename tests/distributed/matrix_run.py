@@ -116,7 +116,7 @@ def _wait_for(folder: Path, index: str, ranks: list, seconds: float) -> str:
     while not all((folder / f"{index}-{rank}.pt").exists() for rank in range(len(ranks))):
         if any(p.poll() is not None for p in ranks):
             time.sleep(0.5)  # a rank that raised is at once followed by peers that lost it: the first cause is on disk
-            return _first_error(folder, index) or _last_words(folder, [p.poll() for p in ranks])
+            return _first_error(folder, index) or _last_words(folder, ranks)
         if time.monotonic() > deadline:
             return _first_error(folder, index) or f"{NO_RESULT} after {seconds:.0f} s"
         time.sleep(0.02)
@@ -128,9 +128,15 @@ def _first_error(folder: Path, index: str) -> str:
     return f"raised: {errors[0].read_text().strip()}" if errors else ""
 
 
-def _last_words(folder: Path, codes: list[Optional[int]]) -> str:
-    said = "\n".join(path.read_text()[-2000:] for path in sorted(folder.glob("said-*")))
-    return f"ended with exit codes {codes}: {said}"
+def _last_words(folder: Path, ranks: list) -> str:
+    """What the ranks said into their files and, of those that ended before they had one, to us; and what stopped their first cell
+    before the others were there (a fault that cannot be planted any more).
+    """
+    codes = [p.poll() for p in ranks]
+    said = [path.read_text()[-2000:] for path in sorted(folder.glob("*.error"))]
+    said += [path.read_text()[-2000:] for path in sorted(folder.glob("said-*"))]
+    said += [p.stdout.read()[-2000:] for p, code in zip(ranks, codes) if code is not None]
+    return f"ended with exit codes {codes}: " + "\n".join(said)
 
 
 def _wait_for_end(ranks: list) -> None:
