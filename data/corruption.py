@@ -76,17 +76,13 @@ def no_corruption(samples: Iterable[dict]) -> Iterator[dict]:
         yield {**sample, "length": length, "mask": counted, "t": 1.0, "p_mask": 1.0, "weight": 1.0}
 
 
-def with_first_tokens_given(corruption: Stage) -> Stage:
-    """The same corruption, but the first token of each text is given: where the hidden state at i predicts token i + 1, nothing
+def with_first_tokens_given(samples: Iterable[dict], corruption: Stage) -> Iterator[dict]:
+    """A corruption in which the first token of each text is given: where the hidden state at i predicts token i + 1, nothing
     predicts it. It is no condition: what leaves has the prompt that came.
     """
-
-    def stage(samples: Iterable[dict]) -> Iterator[dict]:
-        for sample in corruption(first_tokens_given(samples)):
-            sample["prompt"] = sample.pop("own_prompt")
-            yield sample
-
-    return stage
+    for sample in corruption(first_tokens_given(samples)):
+        sample["prompt"] = sample.pop("own_prompt")
+        yield sample
 
 
 def first_tokens_given(samples: Iterable[dict]) -> Iterator[dict]:

@@ -77,7 +77,7 @@ class StageOptions:
 def corruption(options: StageOptions) -> Callable[[Iterable[dict]], Iterator[dict]]:
     """The stage that decides what the model sees and what counts in the loss. ValueError if it lacks an option."""
     if options.shift:
-        return with_first_tokens_given(corruption(replace(options, shift=False)))
+        return partial(with_first_tokens_given, corruption=corruption(replace(options, shift=False)))
     if options.kind == "autoregressive":
         return no_corruption
     if options.kind == "uniform":
