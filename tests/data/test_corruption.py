@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -331,3 +332,18 @@ def test_answers_count_alike_whatever_their_lengths():
         assert torch.allclose(b.weight[here] * max(count, 1), plain.weight[here])
     assert answers(b) == 8 * 3
     assert answers(batch(stage, prompt=np.ones(L, bool))) == 0
+
+
+@pytest.mark.parametrize("kind", ["masked", "block", "bert", "uniform", "flow", "autoregressive"])
+def test_the_stages_of_every_objective_can_be_sent_to_loader_processes(kind):
+    for shift in (False, True):
+        options = StageOptions(
+            MaskingOptions(0, 8, unit="block", block_size=6),
+            kind=kind,
+            shift=shift,
+            vocab_size=50,
+            flow=FlowOptions(50),
+        )
+        again = pickle.loads(pickle.dumps(stages(options)))
+        found = [[s["mask"].tolist() for s in chain[-1](chain[0](samples(3)))] for chain in (stages(options), again)]
+        assert found[0] == found[1]
