@@ -52,7 +52,7 @@ def generate(
             change, and neither does any other position without a mask token.
         mask_id: never produced; only `uniform` and `flow` may pass through it on their way.
         vocab_size: N, the ids that noise may give; needed by `uniform` and `flow`, where it is V.
-        signal: t -> what is left of a clean token at noise level t: alpha(t) of `uniform`, P(still shown) of `flow`; by default
+        signal: t -> what is left of a clean token at noise level t: alpha(t) of `uniform` and `flow`; by default
             Objective.signal.
         forbidden_ids: never produced either; the probability goes to the other tokens.
         eos_id: end-of-text. Revealed last in its block (mask tokens, `low_confidence`), the end of a row (autoregressive).

@@ -19,7 +19,7 @@ from torch import Tensor
 from pretrain.sampler_logits import Guided, draw, noise_grid, probabilities, put, uniform_grid
 from pretrain.sampler_options import SamplingOptions
 
-Signal = Callable[[float], float]  # noise level t in (0, 1) -> what is left of the clean token
+Signal = Callable[[float], float]  # noise level t in (0, 1) -> alpha(t), what is left of the clean token
 
 
 def levels(signal: Signal, steps: int) -> list[float]:
@@ -100,13 +100,14 @@ def renoise(
 ) -> Tensor:
     """Fills the open positions ([B, L] bool) of `ids`, which is changed; see pretrain.sampler.generate.
 
-    Every step draws a clean token from softmax(logits / temperature) at each place and shows it on with probability keep(s) =
-    `signal(s)`, else one of the N - 1 other ids at random: the law of the argmax of clean onehot + noise gaussian. The last
+    Every step draws a clean token from softmax(logits / temperature) at each place and shows it on with probability
+    alpha_s + (1 - alpha_s) / N, else one of the N - 1 other ids at random: what argmax leaves in training (data.flow). The last
     step keeps all. The network reads tokens, the limit of its soft inputs at temperature 0.
     """
     rows, positions = np.nonzero(still_open)
     put(ids, rows, positions, noise_grid(options.seed, first_row, ids.shape, vocab_size, 0)[rows, positions])
-    for step, keep in enumerate(levels(signal, options.steps)[1:]):
+    for step, alpha_s in enumerate(levels(signal, options.steps)[1:]):
+        keep = alpha_s + (1 - alpha_s) / vocab_size
         kept = uniform_grid(options.seed, "sample_change", first_row, ids.shape, step)[rows, positions] < keep
         uniforms = uniform_grid(options.seed, "sample_token", first_row, ids.shape, step)[rows, positions]
         away = 1 + noise_grid(options.seed, first_row, ids.shape, vocab_size - 1, step + 1)[rows, positions]

@@ -14,7 +14,6 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from data.flow import keep_probability
 from pretrain.predictor import Objective
 from pretrain.sampler import SamplingOptions, generate
 from pretrain.sampler_uniform import levels
@@ -191,22 +190,18 @@ def test_the_law_given_all_other_tokens_is_what_the_bound_of_kind_uniform_teache
 
 
 def test_each_step_and_the_whole_chain_of_renoising_have_the_enumerated_law():
-    keeps = levels(lambda t: 1 - t, 3)
-    alphas = [
-        (N * k - 1) / (N - 1) for k in (1 / N, *keeps[1:])
-    ]  # of uniform-state noise that shows the token as often
+    alphas = levels(lambda t: 1 - t, 3)
     frames = run(Table(given_all, alphas), "flow", 3)
     law = START
-    for step, keep in enumerate(keeps[1:]):
-        law = law @ renoising_kernel(alphas[step], keep)
+    for step, alpha in enumerate(alphas[1:]):
+        law = law @ renoising_kernel(alphas[step], alpha + (1 - alpha) / N)
         agree(frames[step], law)
 
 
 def test_renoising_lands_on_the_law_that_corruption_gives_to_each_token_alone():
     """With the exact posterior of one token every step gives exactly the law that it has at the next level."""
-    signal = lambda t: float(keep_probability(t, N))  # noqa: E731  what a Gaussian of share t leaves
-    keeps = levels(signal, 5)
-    alphas = [(N * k - 1) / (N - 1) for k in (1 / N, *keeps[1:])]
+    signal = lambda t: math.cos(0.5 * math.pi * t)  # noqa: E731
+    alphas = levels(signal, 5)
     marginal = JOINT.sum(axis=1)
 
     def alone(alpha, z):
