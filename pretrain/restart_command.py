@@ -1,0 +1,114 @@
+"""`restart --run RUN --code CODE`: what the launcher's script asks when a start of the run is over."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from data.errors import InputError
+from pretrain.config import HealthConfig
+from pretrain.restarts import DAY_SECONDS, STOPS, Attempt, Decision, record_end
+from pretrain.watch_faults import LEAVES, MISTAKE
+
+REPORT = "report.txt"
+
+
+def restart(run: str, code: int, wait: bool = True, config: str = "") -> int:
+    """Notes the end, says what becomes of the run, waits if it has to. 0: done, 2: a mistake, 75: start again now, 77: do not.
+
+    code: what the start ended with. config: file to take `health` from instead of RUN/config.yaml. When the run is not to be
+    started again because of a fault, RUN/health/report.txt says why and what to do.
+    """
+    folder = Path(run)
+    if code in (0, MISTAKE) and not folder.is_dir():
+        return code
+    if not folder.is_dir():
+        raise InputError(f"restart: {run} is no run folder; name the one that `train` made")
+    health = _health(folder, config)
+    try:
+        history, decision = record_end(folder, code, health)
+    except OSError as error:
+        raise InputError(f"restart: {folder / 'health'} cannot be written: {error.strerror}") from None
+    print(_line(history[-1], decision), flush=True)
+    if history[-1].code in (0, MISTAKE):
+        return int(history[-1].code or 0)
+    if not decision.restart:
+        path = folder / "health" / REPORT
+        path.write_text(report(folder, history, decision))
+        print(f"restart: {path} says more", flush=True)
+        return STOPS
+    if wait:
+        time.sleep(decision.wait_seconds)
+    return LEAVES
+
+
+def report(run: Path, history: Sequence[Attempt], decision: Decision) -> str:
+    """Why a run was not started again, for a person: all attempts, the fault, where to look, what to do."""
+    last = history[-1]
+    lines = [f"Run {run}: not started again.", "", f"Why: {decision.reason}", ""]
+    if fault := last.fault:
+        lines += ["Fault of the last attempt:"]
+        lines += [f"  {key:7} {fault[key]}" for key in ("kind", "rank", "host", "phase", "step", "doing", "cause")]
+        lines += [
+            f"  {'stacks':7} {fault['stacks']}/rank-*.txt (of the stopped or killed rank as seen from outside)",
+            "",
+        ]
+    lines += [f"{'attempt':>7} {'began (UTC)':17} {'hours':>6} {'from':>8} {'to':>8} {'code':>5}  fault"]
+    for attempt in history:
+        hours = (attempt.ended - attempt.began) / 3600 if attempt.began and attempt.ended else 0.0
+        began = time.strftime("%Y-%m-%d %H:%M", time.gmtime(attempt.began)) if attempt.began else "?"
+        code = "?" if attempt.code is None else str(attempt.code)
+        reached = str(attempt.reached) if attempt.reached >= 0 else "-"
+        what = attempt.fault["kind"] if attempt.fault else ""
+        where = f" rank {attempt.fault['rank']} on {attempt.fault['host']}" if attempt.fault else ""
+        lines.append(
+            f"{attempt.number:>7} {began:17} {hours:>6.1f} {attempt.started_at:>8} {reached:>8} {code:>5}  {what}{where}"
+        )
+    lines += [
+        "",
+        "from, to: step of the checkpoint that it went on from, of the newest one at its end.",
+        "",
+        "What to do:",
+    ]
+    return "\n".join(lines + [f"- {advice}" for advice in _advice(run, history)]) + "\n"
+
+
+def _advice(run: Path, history: Sequence[Attempt]) -> list[str]:
+    last = history[-1]
+    fault = last.fault or {}
+    advice = {
+        "stalled": ["read the stacks: the rank that is named is where the others are not"],
+        "stopped": ["somebody or something stopped the process (a debugger, a suspended job): ask who"],
+        "silent host": [
+            f"look at host {fault.get('host') or '?'}: is it up, does it reach the shared folder; exclude it"
+        ],
+        "died": ["look at the kernel's log of that host (dmesg): memory, GPU errors (Xid), machine checks"],
+        "crashed": [f"read the traceback in {run / 'logs'}/rank-*.log"],
+    }.get(str(fault.get("kind")), [])
+    if "out of memory" in str(fault.get("cause")):
+        advice.append("the host's memory was full: fewer data.workers, or more memory for the job")
+    hosts = [a.fault["host"] for a in history if a.fault and a.fault["host"] and last.ended - a.ended <= DAY_SECONDS]
+    often = max(set(hosts), key=hosts.count) if hosts else ""
+    if hosts.count(often) > 1:
+        advice.append(f"host {often} is named in {hosts.count(often)} faults of the last 24 hours: exclude it")
+    if last.code == LEAVES:
+        advice.append("ask for more time, or make the start and the way to the first checkpoint shorter")
+    advice.append("then start the run again as before: what was attempted up to here does not count any more")
+    return advice
+
+
+def _line(attempt: Attempt, decision: Decision) -> str:
+    what = "goes on" if decision.restart else "ends"
+    pause = f", after {decision.wait_seconds:.0f} s" if decision.wait_seconds else ""
+    return f"restart: the run {what}{pause}: {decision.reason} (attempt {attempt.number}, exit code {attempt.code})"
+
+
+def _health(folder: Path, config: str) -> HealthConfig:
+    """The run's own rules; the defaults for one that ended before it kept its config."""
+    from pretrain.load_config import load_config
+
+    path = Path(config) if config else folder / "config.yaml"
+    if not config and not path.is_file():
+        return HealthConfig()
+    return load_config(["--config", str(path)]).health
