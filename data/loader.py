@@ -11,10 +11,15 @@ nothing. The state of the stream is one integer: samples consumed.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing.connection import Connection
 from typing import Optional
 
 import webdataset as wds
@@ -168,6 +173,7 @@ def _load(
         _report_faults,
         partial(_bundled, size=bundle),
     )
+    alive, held = multiprocessing.Pipe(duplex=False)
     loader = DataLoader(
         pipeline,
         batch_size=None,
@@ -175,6 +181,7 @@ def _load(
         prefetch_factor=2 if workers else None,
         multiprocessing_context="forkserver" if workers else None,
         timeout=WAIT_SECONDS if workers else 0,
+        worker_init_fn=partial(_end_with_parent, alive) if workers else None,
     )
     try:
         for batch in itertools.chain.from_iterable(loader):
@@ -188,6 +195,21 @@ def _load(
             f"data: the loader's workers gave nothing for {WAIT_SECONDS:.0f} s: the storage of the shards (or the way to it) is "
             "too slow or hangs; use more data.workers, a data.shuffle_window, or a copy nearer by"
         ) from error
+    finally:
+        held.close()
+
+
+def _end_with_parent(alive: Connection, worker: int) -> None:
+    """Ends this worker when the process that it works for is gone, however that ended: nobody else would. Its parent is the server
+    that it was forked from, which lives as long as the worker does.
+    """
+
+    def wait() -> None:
+        with contextlib.suppress(OSError):
+            alive.poll(None)  # nothing is ever sent: this is the end of the other side
+        os._exit(0)
+
+    threading.Thread(target=wait, name="parent watch", daemon=True).start()
 
 
 def training_batches(
