@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,11 +25,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from parallel.agreement import agreed, distributed, first_cause, gone, reason
 from parallel.boxes import Boxes, BoxLoadPlanner
+from parallel.checkpoint_names import REPLACED, TRAINER, complete_checkpoints, latest, step_folder
 from parallel.checkpoint_reader import (
     FILES,
     FORMAT,
     METADATA,
-    TRAINER,
     Reader,
     check_boxes,
     check_files,
@@ -53,34 +52,8 @@ __all__ = [
     "step_folder",
 ]
 
-_NAME = re.compile(r"step-(\d{8})")
-# While a checkpoint is written; while it is deleted; while a new one of the same step takes its name.
-_WRITING, _REMOVING, _REPLACED = ".writing-", ".removing-", ".replaced-"
-
-
-def step_folder(root: Path, step: int) -> Path:
-    return root / f"step-{step:08d}"
-
-
-def complete_checkpoints(root: Path) -> list[Path]:
-    """All complete checkpoints, oldest first. A folder has its final name only when it is complete.
-
-    A save that was killed while it replaced a checkpoint of the same step may have left that one under another name.
-    """
-    if not root.is_dir():
-        return []
-    found: dict[str, Path] = {}
-    for path in root.iterdir():
-        name = path.name.removeprefix(_REPLACED)
-        if _NAME.fullmatch(name) and (path / TRAINER).is_file():
-            found[name] = path if name == path.name else found.get(name, path)
-    return [found[name] for name in sorted(found)]
-
-
-def latest(root: Path) -> Optional[Path]:
-    """The newest complete checkpoint, or None."""
-    found = complete_checkpoints(root)
-    return found[-1] if found else None
+# While a checkpoint is written; while it is deleted.
+_WRITING, _REMOVING = ".writing-", ".removing-"
 
 
 def save(
@@ -117,8 +90,8 @@ def _make_way(root: Path, temporary: Path) -> None:
     """Clears what a run that died while saving left behind, and creates the folder to write to."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        for left in root.glob(f"{_REPLACED}*"):
-            name = root / left.name.removeprefix(_REPLACED)
+        for left in root.glob(f"{REPLACED}*"):
+            name = root / left.name.removeprefix(REPLACED)
             if name.exists():
                 _remove(left)
             else:
@@ -177,7 +150,7 @@ def _publish(
         _fsync(temporary)
         pointer = root / ".latest.tmp"
         _write_text(pointer, final.name + "\n")  # now, so that nothing needs room after the rename
-        replaced = root / f"{_REPLACED}{final.name}"
+        replaced = root / f"{REPLACED}{final.name}"
         if final.exists():  # the same step again, after a roll-back
             os.rename(final, replaced)
         os.rename(temporary, final)

@@ -15,10 +15,11 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
+from parallel.checkpoint_names import TRAINER
 from parallel.errors import CheckpointError
 
 FORMAT = 1
-METADATA, TRAINER, FILES = ".metadata", "trainer.json", "files.json"
+METADATA, FILES = ".metadata", "files.json"
 READ_BYTES = 1 << 22
 
 

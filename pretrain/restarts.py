@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
+from parallel.checkpoint_names import latest, step_of
 from pretrain.config import HealthConfig
 from pretrain.launch import job_id, launch_name
 from pretrain.watch_faults import INTERRUPTED, LEAVES, MISTAKE, fault_from, fault_path
@@ -198,15 +199,9 @@ def read_attempts(run: Path) -> list[Attempt]:
 
 
 def newest_step(run: Path) -> int:
-    """The step of the newest complete checkpoint, -1 if there is none. As parallel.checkpoint.latest, without torch."""
-    steps = [-1]
-    root = run / "checkpoints"
-    if root.is_dir():
-        for path in root.iterdir():
-            found = re.fullmatch(r"(?:\.replaced-)?step-(\d{8})", path.name)
-            if found and (path / "trainer.json").is_file():
-                steps.append(int(found[1]))
-    return max(steps)
+    """The step of the newest complete checkpoint, -1 if there is none."""
+    newest = latest(run / "checkpoints")
+    return step_of(newest) if newest else -1
 
 
 def _of_this_start(attempt: Attempt, environ: Mapping[str, str]) -> bool:
