@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install install-dev quickstart test parity lint bench-loss bench-engines bench-checkpoint bench-data objectives clean
+.PHONY: help install install-dev quickstart test parity faults slurm-lab test-slurm lint bench-loss bench-engines bench-checkpoint bench-data objectives clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -41,6 +41,20 @@ parity: install-dev              ## every parity cell and planted fault, the hea
 	$(BIN)/python -m tests.distributed.parity_table
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m parity -n 2 --dist loadfile --ignore tests/distributed
 	$(BIN)/python -m pytest -m parity tests/distributed
+
+# The lab is started by slurm-lab and stays until slurm-lab-down: its tests are part of `make test` where it runs.
+slurm-lab: install-dev           ## install (Debian, root) and start a real Slurm of four nodes on this machine's loopback
+	$(BIN)/python -m tests.slurm.lab up
+
+slurm-lab-down: install-dev      ## stop it
+	$(BIN)/python -m tests.slurm.lab down
+
+test-slurm: slurm-lab            ## training, preemption, requeues, lost nodes and arrays on that Slurm
+	$(BIN)/python -m pytest tests/slurm
+
+faults: install-dev              ## inject every fault; rewrites docs/faults.md from what the tests found
+	$(BIN)/python -m pytest -m fault
+	$(BIN)/python -m tests.faults
 
 lint: install-dev                 ## ruff and mypy
 	$(BIN)/python -m ruff check .

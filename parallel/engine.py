@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Optional, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -69,16 +69,32 @@ class Engine(Protocol):
         """The chunks of the model that this rank holds."""
         ...
 
-    def train_step(self, microbatches: Sequence[Microbatch], normalizer: float, lr: float) -> StepResult:
+    def train_step(
+        self,
+        microbatches: Sequence[Microbatch],
+        normalizer: float,
+        lr: float,
+        before_update: Optional[Callable[[], object]] = None,
+    ) -> StepResult:
         """Forward and backward of every microbatch, one clipped optimizer step.
 
         The gradient is that of sum(weight * value) / normalizer over ALL microbatches of ALL data-parallel ranks:
-        `normalizer` is the global denominator, nothing is averaged.
+        `normalizer` is the global denominator, nothing is averaged. before_update: called behind the backward, when `state()`
+        is still as the step before left it.
         """
         ...
 
     def forward(self, microbatch: Microbatch) -> Any:
         """The model's output without gradients (loss normalised by 1)."""
+        ...
+
+    def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, this rank's tensor-parallel share, whole over the data-parallel ranks, vocabulary padding included) of every
+        parameter in this rank's chunks, in the dtype and with the bits that a forward computes with.
+
+        One block in memory at a time: a tensor is good until the next is asked for, and is not to be written to. Taken to its
+        end or left early, the engine goes on as if nobody had looked; leaving early is up to all ranks alike.
+        """
         ...
 
     def state(self) -> dict[str, Boxes]:

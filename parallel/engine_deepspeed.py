@@ -14,7 +14,7 @@ import contextlib
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Optional
 
 import torch
@@ -29,6 +29,7 @@ from parallel.mesh import Mesh
 from parallel.optimizer import MOMENTS, build_optimizer
 from parallel.pipeline import Pipeline
 from parallel.shape import ModelShape, parameter_table
+from parallel.whole_parameters import by_unit, gathered_by_zero3
 
 
 def import_deepspeed() -> Any:
@@ -159,10 +160,18 @@ class DeepSpeedEngine:
                 dtype=torch.bfloat16 if bf16 else torch.float32,
             )
 
-    def train_step(self, microbatches: Sequence[Microbatch], normalizer: float, lr: float) -> StepResult:
+    def train_step(
+        self,
+        microbatches: Sequence[Microbatch],
+        normalizer: float,
+        lr: float,
+        before_update: Optional[Callable[[], object]] = None,
+    ) -> StepResult:
         if len(microbatches) != self._accumulation:
             raise ValueError(f"{len(microbatches)} microbatches, engine built for {self._accumulation}")
         outputs = self._backward(microbatches, normalizer)
+        if before_update:
+            before_update()
         norm, applied = self._apply(lr)
         return StepResult(outputs, norm, applied)
 
@@ -172,6 +181,12 @@ class DeepSpeedEngine:
         if self._pipeline:
             return self._pipeline.forward(microbatch)
         return self._engine(**model_inputs(microbatch, self.mesh.device, torch.ones((), device=self.mesh.device)))
+
+    def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        for unit in by_unit(self._parameters):
+            with gathered_by_zero3(unit.values()) if self._stage == 3 else contextlib.nullcontext():
+                for name, parameter in unit.items():
+                    yield name, parameter.data
 
     def state(self) -> dict[str, Boxes]:
         """`weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME` -> boxes that view the live float32 values."""

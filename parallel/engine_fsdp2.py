@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Optional
 
 import torch
@@ -31,7 +31,7 @@ from parallel.pipeline import Pipeline, Stage
 from parallel.shape import ModelShape, parameter_table
 
 # True of the embedding, and harmless: nothing writes into what it returns (parallel.block and pretrain.model add out of place).
-warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPVocabParallelEmbedding\) returned a view")
+warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPTokenEmbedding\) returned a view")
 
 
 class _SummingStage(Stage):
@@ -82,7 +82,9 @@ class Fsdp2Engine:
         self._padded_vocab = shape.padded_vocab(mesh.tp)
         device_mesh = _device_mesh(mesh)
         reshard = self.reshard_with_pipeline if mesh.pp > 1 else None  # None: all but the root
-        self._units = [unit for chunk in self.chunks for unit in _shard(chunk, device_mesh, reshard, bf16)]
+        units = [(chunk, _shard(chunk, device_mesh, reshard, bf16)) for chunk in self.chunks]
+        self._units = [unit for _, of_chunk in units for unit in of_chunk]
+        self._names = [(chunk, names) for chunk, of_chunk in units for names in _names(chunk, of_chunk)]
         self._parameters = {n: p for chunk in self.chunks for n, p in chunk.named_parameters()}
         decayed = {name for name in self._parameters if self._table[name].decayed}
         self._optimizer = build_optimizer(self._parameters, optimizer, decayed)
@@ -101,10 +103,18 @@ class Fsdp2Engine:
                 stage_class=_SummingStage,
             )
 
-    def train_step(self, microbatches: Sequence[Microbatch], normalizer: float, lr: float) -> StepResult:
+    def train_step(
+        self,
+        microbatches: Sequence[Microbatch],
+        normalizer: float,
+        lr: float,
+        before_update: Optional[Callable[[], object]] = None,
+    ) -> StepResult:
         if len(microbatches) != self._accumulation:
             raise ValueError(f"{len(microbatches)} microbatches, engine built for {self._accumulation}")
         outputs = self._backward(microbatches, normalizer)
+        if before_update:
+            before_update()
         norm, applied = self._apply(lr)
         return StepResult(outputs, norm, applied)
 
@@ -116,6 +126,15 @@ class Fsdp2Engine:
             return self.chunks[0](**model_inputs(microbatch, self.mesh.device, torch.ones((), device=self.mesh.device)))
         finally:  # what is still gathered would outlive a load or an optimizer step
             for unit in self._units:
+                unit.reshard()
+
+    def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        for unit, (chunk, names) in zip(self._units, self._names):
+            unit.unshard()
+            try:
+                for name in names:
+                    yield name, chunk.get_parameter(name).detach()
+            finally:
                 unit.reshard()
 
     def state(self) -> dict[str, Boxes]:
@@ -139,7 +158,7 @@ class Fsdp2Engine:
     def close(self) -> None:
         """Lets go of model and optimizer; the engine cannot be used again."""
         self._pipeline = None
-        del self.chunks, self._units, self._parameters, self._optimizer
+        del self.chunks, self._units, self._names, self._parameters, self._optimizer
 
     def _backward(self, microbatches: Sequence[Microbatch], normalizer: float) -> list[LossOutput]:
         """Forward and backward of all microbatches; after it the gradients are reduced."""
@@ -226,3 +245,9 @@ def _shard(chunk: nn.Module, device_mesh: DeviceMesh, reshard: Optional[bool], b
         if not isinstance(unit, TransformerBlock) and unit is not chunk:
             unit.set_unshard_in_backward(False)  # neither a look-up nor the loss (parallel.loss) reads its matrix again
     return [*units, chunk]
+
+
+def _names(chunk: nn.Module, units: Sequence[nn.Module]) -> list[list[str]]:
+    """The names within the chunk of what each unit gathers: the last, the chunk itself, what the others leave."""
+    names = {id(parameter): name for name, parameter in chunk.named_parameters()}
+    return [[names.pop(id(p)) for p in unit.parameters() if id(p) in names] for unit in units]

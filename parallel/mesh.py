@@ -150,9 +150,12 @@ def _group(ranks: torch.Tensor, axes: list[int], rank: int, timeout: timedelta) 
     return mine
 
 
-def leave(code: int) -> NoReturn:
-    """Ends a distributed process: gloo aborts in the interpreter's own shutdown while a group is alive."""
-    if dist.is_initialized() and code == 0:
+def leave(code: int, together: bool = True) -> NoReturn:
+    """Ends a distributed process: gloo aborts in the interpreter's own shutdown while a group is alive.
+
+    together: wait for the other ranks to come here, too; not where one of them has failed.
+    """
+    if dist.is_initialized() and together:
         dist.barrier()
     sys.stdout.flush()
     sys.stderr.flush()

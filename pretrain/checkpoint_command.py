@@ -28,6 +28,7 @@ from parallel.checkpoint_reader import (
 )
 from parallel.errors import CheckpointError
 from parallel.shape import ModelShape, parameter_table
+from pretrain.trouble import describe as describe_trouble
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
@@ -68,6 +69,7 @@ def describe(folder: Path, norms: bool = False) -> dict[str, Any]:
         "applied_steps": trainer.get("applied_steps"),
         "samples": samples,
         "tokens": samples * length if samples is not None and length else None,
+        **describe_trouble(trainer),
         "written_by": {"ranks": sum(name.endswith(".distcp") for name in files), **(config.get("parallel") or {})},
         "model": config.get("model"),
         "run": config.get("run"),

@@ -179,7 +179,7 @@ class TrainConfig:
         val_samples: most validation blocks used, from the start of the set (0 = all).
         sample_every: steps between logged samples (0 = never).
         log_every: steps between console lines.
-        max_skipped: non-finite steps in a row before the run aborts.
+        max_skipped: non-finite steps in a row before the run rolls back (health.max_rollbacks says how often).
     """
 
     steps: int = 1000
@@ -266,10 +266,45 @@ class TrackingConfig:
     Args:
         uri: tracking store; empty = `sqlite:///` in run.dir; `none` = only metrics.jsonl.
         experiment: MLflow experiment name.
+        system_every: seconds between system metrics (processor, memory, disk, network, GPUs) of each host; 0 = none.
+        artifacts: also keep the config, the code version and logged samples in the store.
     """
 
     uri: str = ""
     experiment: str = "palimpsest"
+    system_every: float = 30.0
+    artifacts: bool = True
+
+
+@dataclass
+class HealthConfig:
+    """Weeks on a cluster: signals, hangs, numerical trouble, corrupted memory, restarts.
+
+    Args:
+        preempt_signal: beside SIGTERM: checkpoint, leave with exit code 75 and be requeued (slurm/pretrain.sbatch).
+        stall_seconds: a rank that makes no progress in a step for so long is a fault (`watch`); six times that while a run
+            starts, validates or saves.
+        beat_seconds: between what a rank publishes of itself in RUN/health.
+        spike_sigma: a loss whose logarithm is so many deviations above its recent ones is a spike (0 = never).
+        spike_window: steps whose losses it is compared with.
+        spike_patience: spikes within as many steps twice over that make a run roll back to its last good checkpoint.
+        max_rollbacks: roll-backs without a new checkpoint between them, after which the run ends.
+        check_every: steps between comparisons of parameters over ranks, and of each rank's own before and after (0 = never). Every
+            checkpoint is preceded by one.
+        max_restarts: faults within a day after which a run is not started again (`restart`).
+        restart_backoff_seconds: pause before the second restart without progress in between; doubles each time, up to 15 minutes.
+    """
+
+    preempt_signal: Literal["USR1", "HUP", "URG"] = "USR1"
+    stall_seconds: float = 300.0
+    beat_seconds: float = 10.0
+    spike_sigma: float = 8.0
+    spike_window: int = 200
+    spike_patience: int = 5
+    max_rollbacks: int = 3
+    check_every: int = 1000
+    max_restarts: int = 8
+    restart_backoff_seconds: float = 60.0
 
 
 @dataclass
@@ -284,3 +319,4 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)

@@ -34,19 +34,21 @@ class TrainingDisplay:
             self._task = self._bar.add_task("", total=stop, completed=start)
             self._bar.start()
 
-    def step(self, step: int, metrics: dict[str, float]) -> None:
-        """`step` optimizer steps are done."""
-        if not self.active:
-            return
+    def step(self, step: int, metrics: dict[str, float]) -> Optional[str]:
+        """`step` optimizer steps are done. The line that says so, where one is due."""
         loss, rate = metrics["train/loss"], metrics["perf/tokens_per_second"]
         if self._bar:
             self._bar.update(self._task, completed=step, description=f"loss {loss:.3f} {rate:,.0f} tok/s")
-        elif step == self.stop or (self.log_every and step % self.log_every == 0):
-            left = (time.monotonic() - self._begun) / max(step - self._start, 1) * (self.stop - step)
-            self.say(
-                f"step {step}/{self.stop}  loss {loss:.4f}  grad norm {metrics['train/grad_norm']:.3f}  "
-                f"lr {metrics['train/lr']:.2e}  {rate:,.0f} tokens/s  {left:.0f} s left"
-            )
+        if not (step == self.stop or (self.log_every and step % self.log_every == 0)):
+            return None
+        left = (time.monotonic() - self._begun) / max(step - self._start, 1) * (self.stop - step)
+        line = (
+            f"step {step}/{self.stop}  loss {loss:.4f}  grad norm {metrics['train/grad_norm']:.3f}  "
+            f"lr {metrics['train/lr']:.2e}  {rate:,.0f} tokens/s  {left:.0f} s left"
+        )
+        if not self._bar:
+            self.say(line)
+        return line
 
     def say(self, text: str) -> None:
         if self.active:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 from data.batch import DiffusionBatch, Form, answers, expand
@@ -42,8 +42,8 @@ class Feed:
             if reset["step"] == step:
                 say(f"a new stream begins at sample {reset['sample']}; changed: {', '.join(reset['changed'])}")
 
-    def steps(self, stop: int) -> Iterator[Step]:
-        """The steps up to step number `stop`. Collective."""
+    def steps(self, stop: int, beat: Callable[[str], object] = lambda doing: None) -> Generator[Step, None, None]:
+        """The steps up to step number `stop`. Collective. beat: told what is being done."""
         config = self._config
         part = Slice(config.train.global_batch_size, config.train.micro_batch_size, self._mesh.dp_rank, self._mesh.dp)
         special = self._plan.data.first.special
@@ -58,8 +58,10 @@ class Feed:
             steps=max(stop - self._step, 0),
         )
         began = time.perf_counter()
+        beat("waiting for data")
         for compact in source:
             waited = time.perf_counter() - began
+            beat("counting tokens")
             compact = self._bad_shards.settle(self._step, compact)
             batches = [expand(c, special.mask, form, lookahead(config, self._step)) for c in compact]
             own = (
@@ -74,6 +76,7 @@ class Feed:
             metrics = self._metrics(lost, digest) | {"perf/data_time": waited}
             yield Step(batches, eligible, masked, divisor, pairs, metrics)
             began = time.perf_counter()
+            beat("waiting for data")
 
     def consumed(self, step: int) -> int:
         """Global index of the first sample of a step: the whole state of the stream."""

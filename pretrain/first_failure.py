@@ -15,13 +15,15 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from typing import NoReturn
+from pathlib import Path
+from typing import NoReturn, Optional
 
 import torch.distributed as dist
 
 from data.errors import InputError
 from parallel.errors import CheckpointError
 from parallel.mesh import Mesh
+from pretrain.rank_log import log_path
 
 POLL_SECONDS = 1.0
 GRACE_SECONDS = (
@@ -31,16 +33,17 @@ _KEY, _SEEN = "first failure", "ranks that know"
 
 
 @contextlib.contextmanager
-def failing_together(mesh: Mesh) -> Iterator[None]:
+def failing_together(mesh: Mesh, folder: Optional[Path] = None) -> Iterator[None]:
     """Runs the body; if it raises on any rank, every rank's process ends with the first failure's exit code.
 
+    folder: of the run, where the ranks' logs are (the last word on a crash says where its traceback is).
     A user's mistake (InputError, CheckpointError) is one line and code 2, anything else a traceback and code 1. In a world of
     one process exceptions pass through as they are.
     """
     if mesh.store is None:
         yield
         return
-    watch = _Watch(mesh)
+    watch = _Watch(mesh, folder)
     try:
         yield
     except BaseException as error:
@@ -49,9 +52,9 @@ def failing_together(mesh: Mesh) -> Iterator[None]:
 
 
 class _Watch:
-    def __init__(self, mesh: Mesh):
+    def __init__(self, mesh: Mesh, folder: Optional[Path]):
         assert mesh.store is not None
-        self._rank, self._world = mesh.rank, mesh.world_size
+        self._rank, self._world, self._folder = mesh.rank, mesh.world_size, folder
         # A connection of its own: the main thread's may be blocked in a wait.
         store = mesh.store.clone() if hasattr(mesh.store, "clone") else mesh.store
         self._store = dist.PrefixStore("watch", store)
@@ -104,6 +107,8 @@ class _Watch:
                 time.sleep(0.1)
                 seen = self._store.add(_SEEN, 0)
         sys.stdout.flush()
-        print(f"error: rank {first['rank']} on {first['host']} failed first: {first['cause']}", file=sys.stderr)
+        log = log_path(self._folder, first["rank"]) if self._folder else None
+        where = f" ({log})" if log and first["code"] != 2 and log.exists() else ""
+        print(f"error: rank {first['rank']} on {first['host']} failed first: {first['cause']}{where}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(first["code"])

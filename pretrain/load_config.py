@@ -14,6 +14,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
 from data.errors import InputError
+from pretrain.addresses import without_credentials
 from pretrain.config import Config
 
 
@@ -47,23 +48,7 @@ def to_dict(config: Config) -> dict[str, Any]:
     """Plain sections and keys; tuples become lists, as in YAML and JSON. Addresses come without user, password and query: what is
     made of this is stored, shown and tracked.
     """
-    values = yaml.safe_load(yaml.safe_dump(_plain(asdict(config))))
-    data = values["data"]
-    for key in ("shards", "val_shards"):
-        if isinstance(data[key], str):
-            data[key] = shown(data[key])
-        else:
-            data[key] = [{**entry, "path": shown(str(entry.get("path", "")))} for entry in data[key]]
-    return values
-
-
-def shown(location: str) -> str:
-    """A folder or an address as it may be shown: without user, password and query."""
-    if "://" not in location:
-        return location
-    scheme, rest = location.split("://", 1)
-    host, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
-    return f"{scheme}://{host.rsplit('@', 1)[-1]}{slash}{path}"
+    return without_credentials(yaml.safe_load(yaml.safe_dump(_plain(asdict(config)))))
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -5,7 +5,7 @@ Everything is a ratio of sums over the tokens of the global batch, so it is exac
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,14 @@ def sum_over_ranks(values: Tensor, mesh: Mesh) -> Tensor:
     if mesh.dp > 1:
         dist.all_reduce(values, group=mesh.dp_group)
     return values.cpu()
+
+
+def largest_over_ranks(values: Sequence[int], mesh: Mesh) -> list[int]:
+    """The largest of all ranks' values, each: one decision for all of them."""
+    found = torch.tensor(values, device=mesh.device)
+    if mesh.world_size > 1:
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.tolist()
 
 
 def global_counts(batches: Iterable[DiffusionBatch], mesh: Mesh, *more: int) -> list[int]:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from data.errors import InputError
 from pretrain.config import HealthConfig
+from pretrain.metric_log import last_step
 from pretrain.restarts import DAY_SECONDS, STOPS, Attempt, Decision, record_end
+from pretrain.run_events import record_state
 from pretrain.watch_faults import LEAVES, MISTAKE
 
 REPORT = "report.txt"
@@ -34,6 +36,7 @@ def restart(run: str, code: int, wait: bool = True, config: str = "") -> int:
     if history[-1].code in (0, MISTAKE):
         return int(history[-1].code or 0)
     if not decision.restart:
+        record_state(folder, "failed", last_step(folder))  # for the tracker, which a killed run could not tell
         path = folder / "health" / REPORT
         path.write_text(report(folder, history, decision))
         print(f"restart: {path} says more", flush=True)

@@ -38,11 +38,14 @@ class Saving:
         asynchronous: bool,
         timeout_seconds: int,
         say: Callable[[str], None],
+        saved: Callable[[], None] = lambda: None,
         saved_at: int = -1,
     ):
-        """every: steps between saves (0 = only at the end). saved_at: the step of the checkpoint that the run went on from."""
+        """every: steps between saves (0 = only at the end). saved: called once a checkpoint is complete. saved_at: the step of the
+        checkpoint that the run went on from.
+        """
         self.failed = 0
-        self._root, self._every, self._keep, self._say = root, every, keep, say
+        self._root, self._every, self._keep, self._say, self._heard = root, every, keep, say, saved
         self._saver = AsyncSaver(timeout_seconds) if asynchronous else None
         self._saved_at, self._in_flight = saved_at, -1
         self._retry_at = self._listen_at = -1
@@ -81,6 +84,29 @@ class Saving:
                 self._failed(step, error, f"the run is at its end: {left} more tries, every {LAST_PAUSE_SECONDS:.0f} s")
                 time.sleep(LAST_PAUSE_SECONDS)
 
+    def leave(self, step: int, state: State, trainer: Mapping[str, Any]) -> None:
+        """Before a run gives its place up: tried once, there is no time for patience. A failure is said; older ones stand."""
+        self._land()
+        if self._saved_at == step:
+            return
+        try:
+            self._begin(step, state(), trainer)
+            self._complete()
+        except CheckpointError as error:
+            self._failed(step, error, "the run leaves all the same and goes on from that one")
+
+    def postpone(self, step: int) -> None:
+        """What is due is not to be saved now: it is due again after the next step."""
+        self._retry_at = step + 1
+
+    def settle(self) -> None:
+        """Waits until no save is in flight."""
+        self._land()
+
+    def rolled_back(self, step: int) -> None:
+        """The run is back where its checkpoint of `step` left it (-1: at its beginning)."""
+        self._saved_at, self._retry_at = step, -1
+
     def close(self) -> None:
         """On the way out, whatever the reason: a save in flight is completed."""
         if self._saver:
@@ -115,6 +141,7 @@ class Saving:
 
     def _saved(self, step: int, path: Path) -> None:
         self._saved_at, self._retry_at, self.failed = step, -1, 0
+        self._heard()
         self._say(f"step {step}: checkpoint {path}")
 
     def _failed(self, step: int, error: CheckpointError, what_next: Optional[str] = None) -> None:

@@ -1,7 +1,8 @@
 """Where a run stands in its sample stream, what the stream follows from, and what becomes of it when that changes.
 
 The state of the stream is one integer. Step s reads samples [sample + (s - step) B, ... + B): `step` and `sample` are 0 unless the
-stream was reset, which only `data.reset_stream` allows, and which is kept in the checkpoint for good.
+stream was reset, which only `data.reset_stream` allows, or samples were skipped after trouble (pretrain.trouble). Both are kept in
+the checkpoint for good.
 """
 
 from __future__ import annotations
@@ -32,19 +33,35 @@ SAMPLE_KEYS = (
 
 @dataclass(frozen=True)
 class StreamPosition:
-    """The samples of step `step` begin at `sample`; earlier resets are in `resets`."""
+    """The samples of step `step` begin at `sample`. Every reset so far is in `resets`, every range left out in `skips`:
+    {"step": the step that reads the first sample behind it, "samples": [first, last], "reason"}.
+    """
 
     step: int = 0
     sample: int = 0
     resets: tuple[dict[str, Any], ...] = field(default=())
+    skips: tuple[dict[str, Any], ...] = field(default=())
 
     def consumed(self, step: int, global_batch: int) -> int:
         """Global index of the first sample of a step at or after `self.step`."""
         return self.sample + (step - self.step) * global_batch
 
+    def behind(self, reached: int, back_to: int, global_batch: int, reason: str) -> StreamPosition:
+        """The stream of a run that has taken `reached` steps, goes back to where it had taken `back_to`, and reads none of the
+        samples again that it read since.
+
+        It goes on where the next step would have: at a multiple of the global batch, if it began at one, so that every step
+        keeps its whole set of noise levels.
+        """
+        read = self.consumed(reached, global_batch)
+        first = self.consumed(max(back_to, self.step), global_batch)
+        record = {"step": back_to, "samples": [first, read - 1], "reason": reason}
+        return StreamPosition(back_to, read, self.resets, (*self.skips, record))
+
     def saved(self) -> dict[str, Any]:
         """For the checkpoint."""
-        return {"step": self.step, "sample": self.sample, "resets": list(self.resets)}
+        skips = {"skips": list(self.skips)} if self.skips else {}
+        return {"step": self.step, "sample": self.sample, "resets": list(self.resets), **skips}
 
 
 def go_on(config: Config, data_fingerprint: str, trainer: dict[str, Any], folder: str) -> StreamPosition:
@@ -55,7 +72,8 @@ def go_on(config: Config, data_fingerprint: str, trainer: dict[str, Any], folder
     """
     now, then = _settled(to_dict(config)), _settled(trainer.get("config") or {})
     stored = trainer.get("stream") or {}
-    position = StreamPosition(stored.get("step", 0), stored.get("sample", 0), tuple(stored.get("resets", ())))
+    resets, skips = (tuple(stored.get(key, ())) for key in ("resets", "skips"))
+    position = StreamPosition(stored.get("step", 0), stored.get("sample", 0), resets, skips)
     changed = {
         key: [_look_up(then, key), _look_up(now, key)]
         for key in (*MODEL_KEYS, *BLOCK_KEYS, *SAMPLE_KEYS)
@@ -80,7 +98,7 @@ def go_on(config: Config, data_fingerprint: str, trainer: dict[str, Any], folder
     before = position.consumed(step, _look_up(then, "train.global_batch_size"))
     sample = 0 if any(key in BLOCK_KEYS for key in changed) else -(-before // batch) * batch
     record = {"step": step, "sample_before": before, "sample": sample, "changed": changed}
-    return StreamPosition(step, sample, (*position.resets, record))
+    return StreamPosition(step, sample, (*position.resets, record), position.skips)
 
 
 def _settled(values: dict[str, Any]) -> dict[str, Any]:

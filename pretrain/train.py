@@ -3,63 +3,79 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
+import os
 import time
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
 
-from data.batch import DiffusionBatch
 from data.errors import InputError
-from data.tokenizer import load_tokenizer
-from parallel import checkpoint
-from parallel.engine import AdamWOptions, Engine, StepResult
+from parallel.corruption import CorruptionCheck, require_none
+from parallel.engine import AdamWOptions, Engine
 from parallel.engines import build_engine
-from parallel.initialise import initialise_boxes
 from parallel.mesh import Mesh, build_mesh, world_from_environment
+from pretrain.broken_step import find_broken
 from pretrain.config import Config
-from pretrain.console import TrainingDisplay
-from pretrain.feed import Feed
+from pretrain.feed import Feed, Step
 from pretrain.first_failure import failing_together
-from pretrain.flops import flops_per_token, peak_flops
-from pretrain.load_config import save_config, to_dict
+from pretrain.heartbeat import Heartbeat, collective_counts
+from pretrain.launch import launch_name
+from pretrain.load_config import to_dict
 from pretrain.lr_schedule import learning_rate
-from pretrain.metrics import broken_samples, sum_over_ranks, token_sums, train_metrics
+from pretrain.metrics import largest_over_ranks, sum_over_ranks, token_sums, train_metrics
 from pretrain.model import build_chunks, parallel_layout
-from pretrain.objective import not_a_bound, row_length, row_loss_of
-from pretrain.predictor import objective_of
-from pretrain.preflight import Plan, hold, init_note, preflight
-from pretrain.sample_log import log_samples
+from pretrain.objective import row_length, row_loss_of
+from pretrain.preemption import ASKS_FOR_REQUEUE, Preemption
+from pretrain.preflight import Plan, hold, preflight
+from pretrain.profiling import OFF, ProfileOptions, Profiling, profiler_for
+from pretrain.rank_log import RankLog
+from pretrain.reports import Reports
+from pretrain.restarts import record_attempt
+from pretrain.roll_back import restore, roll_back
+from pretrain.run_record import RunRecord, greeting
 from pretrain.saving import Saving
-from pretrain.tracking import MetricLog, Shipper, read_state, tracking_uri, truncate_metrics
-from pretrain.validation import Validation
+from pretrain.spikes import Verdict
+from pretrain.stacks import register_stack_dump
+from pretrain.throughput import Throughput
+from pretrain.trouble import Action, Trouble
 
 
-def train(config: Config) -> int:
-    """Trains (or goes on training) the run that `config` names. Returns 0 when it reached train.steps or train.stop_at.
+def train(config: Config, preemption: Optional[Preemption] = None, profile: Optional[ProfileOptions] = None) -> int:
+    """Trains (or goes on training) the run that `config` names.
 
+    Returns 0 when it reached train.steps or train.stop_at, ASKS_FOR_REQUEUE when any rank was asked to leave before.
+    preemption: what listens to signals; without it they do what they always do. profile: steps to record; None: none.
     Raises InputError, before any process group or GPU is taken, for every mistake that can be seen beforehand.
     """
+    register_stack_dump()
     plan = preflight(config)
     parallel, alone = config.parallel, world_from_environment()[2] == 1
     with contextlib.ExitStack() as held:
         if alone:
             held.enter_context(hold(plan.folder))
         mesh = build_mesh(parallel.tensor, parallel.pipeline, parallel.shard_group, parallel.timeout_seconds)
-        with failing_together(mesh):
+        with failing_together(mesh, plan.folder):
             if mesh.rank == 0 and not alone:  # behind the meeting, so that the others hear of a folder that is in use
                 held.enter_context(hold(plan.folder))
             _agree(config, plan, mesh)
-            run = _Run(config, plan, mesh)
-            try:
-                run.loop()
-                run.saving.close()
-            finally:
-                run.close()
-    return 0
+            if preemption and config.data.workers:
+                preemption.shield_loaders()
+            heart = Heartbeat(
+                plan.folder,
+                mesh.rank,
+                mesh.world_size,
+                publish_seconds=config.health.beat_seconds,
+                collectives=collective_counts(mesh),
+            )
+            with (
+                contextlib.closing(heart),
+                RankLog(plan.folder, mesh.rank, mesh.world_size, launch_name(os.environ)) as log,
+            ):
+                run = _Run(config, plan, mesh, RunRecord(config, plan, mesh, log), heart, preemption, profile)
+                return run.to_its_end()
 
 
 def _agree(config: Config, plan: Plan, mesh: Mesh) -> None:
@@ -102,174 +118,186 @@ def engine_for(config: Config, plan: Plan, mesh: Mesh) -> Engine:
 class _Run:
     """One process of a run: what lives as long as the loop does."""
 
-    def __init__(self, config: Config, plan: Plan, mesh: Mesh):
+    def __init__(
+        self,
+        config: Config,
+        plan: Plan,
+        mesh: Mesh,
+        record: RunRecord,
+        heart: Heartbeat,
+        preemption: Optional[Preemption],
+        profile: Optional[ProfileOptions],
+    ):
         self.config, self.plan, self.mesh = config, plan, mesh
+        self.record, self.heart, self.preemption = record, heart, preemption
         self.folder: Path = plan.folder
-        self.special = plan.data.first.special
         self.stop = min(config.train.stop_at or config.train.steps, config.train.steps)
+        self.leaving = False  # this run was asked to leave before its end
         self.engine = engine_for(config, plan, mesh)
-        self.step, self.applied = self._restore()  # steps taken (= samples consumed / global batch), updates applied
-        batch_tokens = config.train.global_batch_size * config.data.sequence_length
-        self.tokens = plan.trainer.get("tokens", self.step * batch_tokens)  # of all steps, whatever their batches
-        self.skipped_in_a_row = 0
-        self.log: Optional[MetricLog] = None
-        self.shipper: Optional[Shipper] = None
-        if mesh.rank == 0:
-            self._open_folder()
-        self.tokenizer = load_tokenizer(plan.data.first.tokenizer_path, special=self.special)
-        self.validation: Optional[Validation] = None
-        if plan.val_set is not None:
-            self.validation = Validation(
-                plan.val_set,
-                config.data.sequence_length,
-                config.train.micro_batch_size,
-                config.train.val_samples,
-                isolate=config.data.packing == "isolate",
-                eos_in_loss=config.data.pad_policy == "eos_in_loss",
-                config=config,
-            )
-        # Reads all of the validation blocks: once, for who reports it.
-        self.unigram_entropy = self.validation.unigram_entropy() if self.validation and mesh.rank == 0 else 0.0
-        self.display = TrainingDisplay(mesh.rank == 0, self.step, self.stop, config.train.log_every)
+        self.throughput = Throughput(config, plan.shape, mesh)
+        self.trouble = Trouble(config.health, config.train.max_skipped)
+        self.trouble.restore(plan.trainer)
+        self._begin(plan)
+        self.copies = CorruptionCheck(self.engine, plan.shape) if config.health.check_every else None
+        self.reports = Reports(config, plan, self.engine, record, heart, self.stop)
         self.saving = Saving(
             self.folder / "checkpoints",
             every=config.train.checkpoint_every,
             keep=config.train.keep_checkpoints,
             asynchronous=config.train.async_checkpoint,
             timeout_seconds=config.parallel.timeout_seconds,
-            say=self.display.say,
+            say=record.say,
+            saved=self.trouble.saved,
             saved_at=self.step if plan.resume_from else -1,
         )
-        self.feed = Feed(config, plan, mesh, self.step, self.display.say)
-        name = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else ""
-        self.peak = peak_flops(name)
+        self.profile: Profiling = profiler_for(
+            profile, self.folder, mesh.rank, self.step, record.say if mesh.rank == 0 else record.say_here
+        )
+
+    def _begin(self, plan: Plan) -> None:
+        """Goes on where `plan` says: at a start, and after every roll-back."""
+        self.plan = plan
+        self.step, self.applied = restore(self.config, plan, self.engine)  # steps taken, updates applied
+        # Of all steps, whatever their batches.
+        self.tokens = plan.trainer.get("tokens", self.step * self.throughput.tokens)
+        self.first = self.step
+        self.feed = Feed(self.config, plan, self.mesh, self.step, self.record.say)
+
+    def to_its_end(self) -> int:
+        """The exit code."""
+        state = "failed"
+        try:
+            self.loop()
+            self.saving.close()
+            state = "preempted" if self.leaving else "finished"
+        finally:
+            self.profile.close()
+            self.record.close(state)
+        self.heart.beat("end", self.step)
+        return ASKS_FOR_REQUEUE if self.leaving else 0
 
     def loop(self) -> None:
-        config, engine, mesh = self.config, self.engine, self.mesh
-        if self.plan.resume_from:
-            self.display.say(f"resumed {self.folder} at step {self.step} from {self.plan.resume_from.name}")
-        if self.step >= self.stop:
-            self.display.say(
-                f"nothing to do: the run is at step {self.step} and ends at {self.stop}; raise train.steps or train.stop_at"
-            )
-        if self.step == 0 and (said := init_note(config)):
-            self.display.say(said)
-        if reason := not_a_bound(config.objective):
-            self.display.say(f"note: train/loss is NOT a bound of the negative log-likelihood: {reason}")
-        began = time.perf_counter()
-        for batches, eligible, masked, normalizer, pairs, of_data in self.feed.steps(self.stop):
-            lr = learning_rate(self.step, config.train.steps, config.optimizer)
-            metrics = {"train/lr": lr} | of_data
-            if masked:
-                result = engine.train_step([b.tensors() for b in batches], normalizer, lr)
-                sums = torch.stack([token_sums(b, *o[1:]) for b, o in zip(batches, result.outputs)]).sum(0)
-                metrics |= train_metrics(sum_over_ranks(sums, mesh), normalizer)
-                metrics["train/grad_norm"] = result.grad_norm
-                self._count_step(result, batches)
-            else:  # nothing to learn from: no parameter moves, not even by weight decay or momentum
-                metrics |= {"train/loss": 0.0, "train/grad_norm": 0.0, "train/num_masked_tokens": 0.0}
-            self.step += 1
-            self._record(metrics, eligible, masked, pairs, time.perf_counter() - began)
-            if self._due(config.train.validate_every):
-                self._validate()
-            if self._due(config.train.sample_every):
-                log_samples(
-                    engine,
-                    self.plan.val_set or self.plan.data.first,
-                    self.tokenizer,
-                    config.data.sequence_length,
-                    self.step,
-                    self.folder / "samples",
-                    objective=objective_of(config, self.step),
-                )
-            if self.saving.due(self.step):
-                self._save()
+        if self.mesh.rank == 0:
+            record_attempt(self.folder, world=self.mesh.world_size, step=self.step)
+        for line in greeting(self.config, self.plan, self.step, self.stop):
+            self.record.say(line)
+        if self.plan.trainer.get("unreported"):  # the run left between this step and what was due after it
+            self.reports.after(self.step)
+        while action := self._steps():
+            self._roll_back(action)
+        if self.leaving:
+            self._leave()
+        else:
+            self._save(self.saving.finish)
+
+    def _steps(self) -> Optional[Action]:
+        """Steps up to the last one, or until any rank is asked to leave; or the roll-back that must come first."""
+        with contextlib.closing(self.feed.steps(self.stop, self._doing)) as steps:
             began = time.perf_counter()
-        self._save(last=True)
+            for step in steps:
+                metrics, action = self._train(step)
+                self.step += 1
+                self._record(step, metrics, time.perf_counter() - began)
+                if action.said:
+                    self.record.say(action.said)
+                if action.first_bad:
+                    return action
+                if self.leaving:
+                    return None
+                self._done("after the step")
+                self.reports.after(self.step)
+                if self.copies and self.step % self.config.health.check_every == 0:
+                    self._compare_copies()
+                if self.saving.due(self.step):
+                    if self.trouble.may_save(self.step):
+                        self._save(self.saving.save)
+                    else:
+                        self.saving.postpone(self.step)
+                if self.profile is not OFF:
+                    self.heart.beat("save", self.step, "profile")  # writing it may take a while
+                    self.profile.step()
+                began = time.perf_counter()
+        return None
 
-    def _restore(self) -> tuple[int, int]:
-        """Where the run goes on: from its newest checkpoint, from the weights of another run, or from nothing."""
-        state = self.engine.state()
-        if self.plan.resume_from:
-            checkpoint.load(self.plan.resume_from, state)
-            self.engine.state_written(self.plan.trainer["applied_steps"])
-            return self.plan.trainer["step"], self.plan.trainer["applied_steps"]
-        initialise_boxes(state, self.plan.shape, self.config.run.seed)
-        if self.config.train.init_from:
-            weights = {name: boxes for name, boxes in state.items() if name.startswith("weight/")}
-            checkpoint.load(Path(self.config.train.init_from), weights)
-        self.engine.state_written(0)
-        return 0, 0
+    def _train(self, step: Step) -> tuple[dict[str, float], Action]:
+        """One optimizer step: its metrics, and what is to be done about them."""
+        lr = learning_rate(self.step, self.config.train.steps, self.config.optimizer)
+        metrics = {"train/lr": lr} | step.metrics
+        if not step.masked:  # nothing to learn from: no parameter moves, not even by weight decay or momentum
+            self._agree_on(Verdict.FINE)
+            nothing = {"train/loss": 0.0, "train/grad_norm": 0.0, "train/num_masked_tokens": 0.0}
+            return metrics | nothing, Action()
+        self._doing("forward, backward, update")
+        unchanged = self.copies.require_own if self.copies and self.copies.remembers else None
+        result = self.engine.train_step([b.tensors() for b in step.batches], step.normalizer, lr, unchanged)
+        self._doing("metrics")
+        sums = torch.stack([token_sums(b, *o[1:]) for b, o in zip(step.batches, result.outputs)]).sum(0)
+        metrics |= train_metrics(sum_over_ranks(sums, self.mesh), step.normalizer)
+        metrics["train/grad_norm"] = result.grad_norm
+        self.applied += result.applied
+        verdict = self._agree_on(self.trouble.judge(metrics["train/loss"], result.grad_norm, result.applied))
+        samples: list[int] = []
+        reason = ""
+        if verdict == Verdict.NON_FINITE:
+            samples, reason = find_broken(step.batches, [output.value for output in result.outputs], self.mesh)
+            reason += "; the update was skipped" if not result.applied else ""
+        return metrics, self.trouble.after_step(self.step + 1, verdict, samples, reason)
 
-    def _open_folder(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_config(self.config, self.folder / "config.yaml")
-        shutil.copyfile(self.plan.data.first.tokenizer_path, self.folder / "tokenizer.json")
-        truncate_metrics(self.folder, self.step)
-        self.log = MetricLog(self.folder)
-        if uri := tracking_uri(self.config):
-            self.shipper = Shipper(
-                self.folder,
-                uri,
-                self.config.tracking.experiment,
-                self.config.run.name,
-                to_dict(self.config),
-                self.plan.trainer.get("mlflow_run_id"),
-            )
+    def _agree_on(self, verdict: Verdict) -> Verdict:
+        """The worst that any rank makes of this step, and whether any was asked to leave. Behind the last step nothing is left."""
+        self._doing("agreeing")
+        asked = self.preemption is not None and self.preemption.asked is not None and self.step + 1 < self.stop
+        if asked:
+            assert self.preemption is not None
+            self.record.say_here(f"{self.preemption.asked} came: asking all ranks to leave behind step {self.step + 1}")
+        worst, leaving = largest_over_ranks((int(verdict), int(asked)), self.mesh)
+        self.leaving = bool(leaving)
+        return Verdict(worst)
 
-    def _count_step(self, result: StepResult, batches: list[DiffusionBatch]) -> None:
-        if result.applied:
-            self.applied += 1
-            self.skipped_in_a_row = 0
-            return
-        self.skipped_in_a_row += 1
-        mine = [broken_samples(batch, output.value) for batch, output in zip(batches, result.outputs)]
-        everyone: list[Any] = [None] * self.mesh.world_size
-        dist.all_gather_object(everyone, [sample for samples in mine for sample in samples])
-        ranks = [rank for rank, samples in enumerate(everyone) if samples]
-        where = "a gradient is not finite although every loss is"
-        if ranks:
-            named = sorted({sample for samples in everyone for sample in samples})
-            some = ", ".join(map(str, named[:8])) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
-            where = f"the loss of sample{'s' if len(named) > 1 else ''} {some} (ranks {ranks}) is not finite"
-        self.display.say(f"step {self.step + 1}: {where}; the update was skipped")
-        if self.skipped_in_a_row >= self.config.train.max_skipped:
-            raise RuntimeError(
-                f"{self.skipped_in_a_row} steps in a row had non-finite gradients (train.max_skipped): lower optimizer.lr, or "
-                f"resume from an earlier checkpoint in {self.folder / 'checkpoints'}"
-            )
+    def _compare_copies(self) -> None:
+        """CorruptionError if anything that must be equal over ranks is not."""
+        if self.copies and not self.copies.remembers:  # else this step's have been compared
+            self._done("comparing copies")
+            require_none(self.copies.compare_copies())
+            self.copies.remember()
 
-    def _due(self, every: int) -> bool:
-        return every > 0 and (self.step % every == 0 or self.step == self.stop)
+    def _roll_back(self, action: Action) -> None:
+        self.saving.settle()
+        plan = roll_back(
+            self.config,
+            self.plan,
+            self.mesh,
+            reached=self.step,
+            first_bad=action.first_bad,
+            reason=action.reason,
+        )
+        if self.copies:
+            self.copies.forget()
+        self._begin(plan)
+        self.trouble.rolled_back(plan.trainer)
+        self.saving.rolled_back(self.step if plan.resume_from else -1)
+        self.record.roll_back(self.step)
+        self.leaving = False
 
-    def _record(self, metrics: dict[str, float], eligible: int, masked: int, pairs: int, seconds: float) -> None:
-        config = self.config
-        tokens = config.train.global_batch_size * config.data.sequence_length
-        self.tokens += tokens
+    def _doing(self, what: str) -> None:
+        """In the step that is being taken. The first of a start compiles and connects: it may take as long as the start itself."""
+        self.heart.beat("start" if self.step == self.first else "step", self.step + 1, what)
+        self.profile.mark(what)
+
+    def _done(self, what: str) -> None:
+        """Behind the step that was taken."""
+        self.heart.beat("step", self.step, what)
+        self.profile.mark(what)
+
+    def _record(self, step: Step, metrics: dict[str, float], seconds: float) -> None:
+        self.tokens += self.throughput.tokens
         metrics |= {
             "train/applied_steps": self.applied,
-            "train/skipped_in_a_row": self.skipped_in_a_row,
+            "train/skipped_in_a_row": self.trouble.in_a_row,
             "train/tokens": self.tokens,
-            "perf/step_time": seconds,
-            "perf/tokens_per_second": tokens / seconds,
+            **self.throughput.metrics(step, seconds),
         }
-        if self.peak:
-            columns = config.train.global_batch_size * row_length(config)
-            flops = columns * flops_per_token(
-                self.plan.shape, pairs / columns, masked / max(eligible, 1) * tokens / columns
-            )
-            metrics["perf/mfu"] = flops / seconds / self.mesh.world_size / self.peak
-        if self.log:
-            self.log.write(self.step, metrics)
-        self.display.step(self.step, metrics)
-
-    def _validate(self) -> None:
-        assert self.validation is not None, "preflight asks for data.val_shards"
-        metrics = self.validation.run(self.engine, self.step) | {"val/unigram_entropy": self.unigram_entropy}
-        if self.log:
-            self.log.write(self.step, metrics)
-        said = self.validation.sentence(metrics)
-        self.display.say(f"step {self.step}: {said}; unigram entropy {self.unigram_entropy:.4f}")
+        self.record.step(self.step, metrics)
 
     def _trainer(self) -> dict[str, Any]:
         """What the loop needs to go on, beside the engine's state."""
@@ -277,24 +305,21 @@ class _Run:
             "applied_steps": self.applied,
             "tokens": self.tokens,
             **self.feed.saved(self.step),
-            "config": to_dict(self.config),
-            "special": asdict(self.special),
-            "mlflow_run_id": read_state(self.folder).get("run_id"),
+            **self.trouble.state(),
+            **self.record.saved(),
         }
 
-    def _save(self, last: bool = False) -> None:
-        if self.log:
-            self.log.sync()
-        save = self.saving.finish if last else self.saving.save
-        save(self.step, self.engine.state, self._trainer())
+    def _save(self, save: Callable[..., None], **more: Any) -> None:
+        """Nothing that is known to be corrupted is ever saved."""
+        self._compare_copies()
+        self.heart.beat("save", self.step)
+        self.record.sync()
+        save(self.step, self.engine.state, self._trainer() | more)
 
-    def close(self) -> None:
-        """Also after a failure: nothing here waits for another rank. A save in flight is then given up; older ones stand."""
-        self.display.close()
-        if self.log:
-            self.log.close()
-        if self.shipper and (error := self.shipper.close()):
-            self.display.say(
-                f"MLflow did not take every point ({error}); nothing is lost: "
-                f"`python -m pretrain track sync --run {self.folder}` ships the rest"
-            )
+    def _leave(self) -> None:
+        """With a checkpoint of this step if there is time for one; else the newest complete one stands."""
+        self.record.say(f"step {self.step}: asked to leave; saving, then exit code {ASKS_FOR_REQUEUE}")
+        if not self.trouble.may_save(self.step):
+            self.record.say("nothing is saved while trouble is under way; the newest complete checkpoint stands")
+            return
+        self._save(self.saving.leave, unreported=True)

@@ -14,8 +14,8 @@ from data.loader import StageOptions
 from data.mixture import Ingredient, Mixture
 from data.shard_set import ShardSet
 from data.stream import BlockStream
+from pretrain.addresses import plain_address
 from pretrain.config import Config, SourceConfig
-from pretrain.load_config import shown
 from pretrain.objective import flow_options, masking_options
 
 Verify = Literal["auto", "full", "size"]
@@ -190,7 +190,7 @@ _LEFT_OUT = {"weight": "by its tokens, like all others", "epochs": "without end"
 
 def name_of(path: str) -> str:
     """A source's name from its path or address: the last folder's, or for .../NAME/train the one above."""
-    parts = [part for part in shown(path).rstrip("/").split("/") if part]
+    parts = [part for part in plain_address(path).rstrip("/").split("/") if part]
     name = parts[-1] if parts else path
     return re.sub(r"[^\w .:/-]", "_", parts[-2] if name == "train" and len(parts) > 1 else name)
 

@@ -169,13 +169,21 @@ class Validation:
                 table[batch.sample_ids[counts]] = values[counts]
         return sum_over_ranks(table, engine.mesh)
 
-    def run(self, engine: Forward, step: Optional[int] = None) -> dict[str, float]:
+    def run(
+        self, engine: Forward, step: Optional[int] = None, progress: Callable[[], object] = lambda: None
+    ) -> dict[str, float]:
         """val/nelbo (nats per token), its standard error (pretrain.ratio, over blocks), and the perplexity bound. Collective.
 
         Of `autoregressive` these are the likelihood itself and its perplexity. Where blocks have a loss that is not finite, so is
         val/nelbo, and val/broken_blocks is how many they are, val/first_broken_block the number of the first.
+        progress: called after every microbatch.
         """
-        table = self.per_sample(engine, 2, loss_and_tokens, step).view(self.total, self.draws, 2).mean(1)
+
+        def measure(batch: DiffusionBatch, output: LossOutput) -> Tensor:
+            progress()
+            return loss_and_tokens(batch, output)
+
+        table = self.per_sample(engine, 2, measure, step).view(self.total, self.draws, 2).mean(1)
         found = ratio(*table.T)  # nan: prompts alone
         bound = found.exp().value
         metrics = {"val/nelbo": found.value, "val/nelbo_se": found.se, "val/ppl_bound": bound}

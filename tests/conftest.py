@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.faults import Record
 
 # The bounds are those of float32 on a CPU, and ranks of one test are more than most machines have GPUs. Before torch starts.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -25,3 +28,24 @@ def corpus(tmp_path_factory) -> Path:
         progress=False,
     )
     return out
+
+
+@pytest.fixture
+def measured(record_property) -> Callable[[str, str], None]:
+    """measured(what, value): a figure for the row of this test's fault in docs/faults.md."""
+    return lambda what, value: record_property("measured", (what, value))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A fault test that passes leaves its record, one that fails takes an older one away."""
+    report = (yield).get_result()
+    mark = item.get_closest_marker("fault")
+    if mark is None or report.when != "call":
+        return
+    record = Record(item.nodeid, *mark.args, **mark.kwargs)
+    record.measured = dict(value for name, value in item.user_properties if name == "measured")
+    if report.passed:
+        record.write()
+    else:
+        record.path().unlink(missing_ok=True)

@@ -10,7 +10,22 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from pretrain.slurm_start import candidates, hold_port
+
 ROOT = Path(__file__).resolve().parents[2]
+
+
+# Below what the kernel hands out by itself.
+_PORTS = range(10000, 16000)
+_held: list[socket.socket] = []
+
+
+def meeting_port() -> int:
+    """A port of this host where ranks may meet, kept from everybody else as long as this process lives: between looking for a free
+    one and its use lie the seconds in which rank 0 imports torch.
+    """
+    _held.append(hold_port(candidates(os.getpid(), _PORTS)))
+    return _held[-1].getsockname()[1]
 
 
 def free_port() -> int:
@@ -43,7 +58,7 @@ def start(
 
     of_rank: further arguments of each rank alone.
     """
-    port = str(free_port())
+    port = str(meeting_port())
     return [
         subprocess.Popen(
             [sys.executable, "-m", module, *arguments, *(of_rank[r] if of_rank else ())],

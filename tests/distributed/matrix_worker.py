@@ -133,7 +133,7 @@ def main() -> None:
                 found = solve(cell, task["timeout_seconds"])
         except BaseException:  # whatever it was is the result of this cell
             target.with_suffix(".error").write_text(traceback.format_exc())
-            leave(1)
+            leave(1, together=False)
         torch.save(found, target.with_suffix(".part"))
         target.with_suffix(".part").rename(target)
     leave(0)

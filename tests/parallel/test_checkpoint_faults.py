@@ -27,6 +27,11 @@ def results() -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("how", ["sync", "async"])
+@pytest.mark.fault(
+    "SIGKILL at every point of a save",
+    happens="the newest complete checkpoint loads, the next save works",
+    lost="the save that was under way",
+)
 def test_kill_9_at_every_point_leaves_a_newest_checkpoint_that_loads_and_the_next_save_works(results, how):
     found = results["alone"][how]
     assert found["wrong"] == [] and found["last"] == [0]
@@ -45,6 +50,11 @@ def test_kill_9_while_the_only_checkpoint_is_replaced_never_leaves_none(results,
 
 @pytest.mark.parametrize("how", ["sync", "async"])
 @pytest.mark.parametrize("victims", [[0], [1], [0, 1]])
+@pytest.mark.fault(
+    "SIGKILL of one or both ranks at every point of a save",
+    happens="the other rank ends with an error; the newest complete checkpoint loads",
+    lost="the save that was under way",
+)
 def test_kill_9_of_one_rank_or_both_at_every_point_is_no_worse_and_the_other_ends_with_an_error(results, how, victims):
     found = results["pair"][f"{how} {victims}"]
     assert found["wrong"] == [] and found["last"] == [0, 0]
@@ -56,6 +66,11 @@ def test_kill_9_of_one_rank_or_both_at_every_point_is_no_worse_and_the_other_end
 
 @pytest.mark.parametrize("how", ["sync", "async"])
 @pytest.mark.parametrize("poor", [0, 1])
+@pytest.mark.fault(
+    "one rank cannot write its part of a checkpoint",
+    happens="the save fails on all ranks alike and leaves nothing; the next one works",
+    lost="the save that was under way",
+)
 def test_a_rank_that_cannot_write_fails_the_save_on_all_and_leaves_nothing_and_the_next_save_works(results, how, poor):
     found = results["full"][f"{how} {poor}"]
     assert found["codes"] == [0, 0] and found["next"]
@@ -65,6 +80,11 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all_and_leaves_nothing_and_t
         assert told["left"] == ["latest", "step-00000003"] and told["kept"]
 
 
+@pytest.mark.fault(
+    "no room for a checkpoint",
+    happens="nothing is written, all ranks say the same",
+    lost="that save",
+)
 def test_without_room_nothing_is_written_and_all_ranks_say_the_same(results):
     mishaps = results["full"]["mishaps"]
     assert mishaps["codes"] == [0, 0]

@@ -407,11 +407,12 @@ def test_a_config_cannot_make_python_import_what_it_names(capsys, corpus, tmp_pa
 
 
 def test_what_an_address_keeps_secret_is_neither_stored_nor_shown():
-    from pretrain.load_config import load_config, shown, to_dict
+    from pretrain.addresses import plain_address
+    from pretrain.load_config import load_config, to_dict
     from pretrain.training_data import name_of
 
     secret = "https://user:pw@host:8443/sets/web/train?sig=SECRET#x"
-    assert shown(secret) == "https://host:8443/sets/web/train" and shown("a/b?c@d") == "a/b?c@d"
+    assert plain_address(secret) == "https://host:8443/sets/web/train" and plain_address("a/b?c@d") == "a/b?c@d"
     assert name_of(secret) == "web" and name_of("shards/c++/train") == "c__" and name_of("/data/wiki/") == "wiki"
     for given in (secret, json.dumps([{"path": secret, "weight": 1}])):
         stored = json.dumps(to_dict(load_config(["--data.shards", given, "--data.val_shards", secret])))

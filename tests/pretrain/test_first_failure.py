@@ -19,6 +19,11 @@ from tests.distributed.launch import start
         (0, "killed", 1, None),
     ],
 )
+@pytest.mark.fault(
+    "an exception, a mistake or SIGKILL on one rank, without a watch",
+    happens="all ranks end within 30 s; the last line of each is the first cause",
+    lost="the steps since the newest complete checkpoint, which the next start takes again",
+)
 def test_all_ranks_end_soon_with_the_first_failure(who, how, code, cause):
     ranks = start("tests.pretrain.failing_worker", [str(who), how], 2)
     try:

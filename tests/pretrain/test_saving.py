@@ -68,6 +68,11 @@ def test_a_run_that_stops_between_saves_is_saved_at_its_end(disk):
     assert disk.saved() == [20, 30]
 
 
+@pytest.mark.fault(
+    "a full disk when a save is due",
+    happens="said loudly, tried again soon, training goes on",
+    lost="that save, made up for when there is room",
+)
 def test_a_full_disk_is_said_loudly_tried_again_soon_and_forgotten_when_there_is_room(tmp_path, monkeypatch):
     disk = Disk(tmp_path, monkeypatch, asynchronous=False)
     assert disk.steps(1, 60, full=range(39, 45)) == [20, 40, 42, 44, 46, 60]

@@ -90,3 +90,26 @@ def test_a_reset_is_kept_and_a_second_one_counts_from_the_first():
     third = go_on(changed(bigger, train__global_batch_size=100), "d", trainer(bigger, 9, stream=first.saved()), "f")
     assert (third.step, third.sample) == (9, 400) and len(third.resets) == 2
     assert third.resets[1]["sample_before"] == 336
+
+
+def test_a_skipped_range_is_never_read_again_and_every_step_keeps_whole_sets_of_noise_levels():
+    batch = 32
+    position = StreamPosition().behind(17, 10, batch, "spikes")
+    assert position.skips == ({"step": 10, "samples": [320, 543], "reason": "spikes"},)
+    read = [position.consumed(step, batch) for step in range(10, 15)]
+    assert read == [544, 576, 608, 640, 672] and all(sample % batch == 0 for sample in read)
+    again = position.behind(12, 10, batch, "spikes")  # back to the same place: only what was read since
+    assert again.sample == 608 and again.skips[1]["samples"] == [544, 607]
+    further = position.behind(12, 4, batch, "spikes")  # back to before the first skip: nothing is read twice
+    assert (further.step, further.sample) == (4, 608) and further.consumed(5, batch) == 640
+
+
+def test_a_resumed_run_keeps_its_skips_and_so_does_a_reset():
+    config = Config()
+    skipped = StreamPosition().behind(17, 10, 32, "spikes")
+    assert go_on(config, "d", trainer(config, 20, stream=skipped.saved()), "f") == skipped
+    assert "skips" not in StreamPosition().saved(), "a run without trouble has the checkpoint that it always had"
+    bigger = changed(config, train__global_batch_size=48, data__reset_stream=True)
+    reset = go_on(bigger, "d", trainer(config, 20, stream=skipped.saved()), "f")
+    assert reset.skips == skipped.skips and len(reset.resets) == 1
+    assert reset.resets[0]["sample_before"] == 544 + 320 and reset.sample == 864

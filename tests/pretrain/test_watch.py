@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from pretrain.heartbeat import Record, read_published
-from tests.distributed.launch import ROOT, environment, free_port
+from tests.distributed.launch import ROOT, environment, meeting_port
 
 STALL, BEAT = 4.0, 0.5
 START = 6 * STALL + 40  # seconds for ranks to import torch and to meet, on a busy machine
@@ -31,7 +31,7 @@ class Ranks:
     def __init__(self, folder: Path, world: int, faults: str = "", *, port: int = 0, steps: int = 100_000, stall=STALL):
         self.folder, self.world = folder, world
         self.said = [folder.parent / f"{folder.name}-{rank}-{time.monotonic_ns()}.out" for rank in range(world)]
-        port = port or free_port()
+        port = port or meeting_port()
         self.launch = f"127.0.0.1-{port}"  # with one rank it is the watch's own
         options = {
             "run.dir": folder.parent,
