@@ -258,7 +258,12 @@ class _Run:
         """CorruptionError if anything that must be equal over ranks is not."""
         if self.copies and not self.copies.remembers:  # else this step's have been compared
             self._done("comparing copies")
-            require_none(self.copies.compare_copies())
+            findings = self.copies.compare_copies()
+            require_none(findings)
+            if findings:
+                self.record.say(
+                    f"step {self.step}: WARNING: {len(findings)} copies differ by rounding, perhaps: {findings[0]}"
+                )
             self.copies.remember()
 
     def _roll_back(self, action: Action) -> None:

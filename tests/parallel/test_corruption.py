@@ -8,7 +8,7 @@ import torch
 
 from parallel import checksum as module
 from parallel.checksum import _A, _B, _BETWEEN_TILES, _TILE, checksum, same_bits
-from parallel.corruption import CorruptionError, Finding, _odd_ones_out, require_none
+from parallel.corruption import CorruptionError, Finding, _odd_ones_out, between_shares, require_none
 
 
 def by_hand(values: torch.Tensor) -> int:
@@ -142,3 +142,17 @@ def test_a_finding_is_a_sentence_that_names_tensor_rank_and_host():
     require_none([])
     with pytest.raises(CorruptionError, match=r"exp_avg/x of rank 1 on b changed between two updates"):
         require_none([Finding("changed", "exp_avg/x", (1,), ("b",))])
+
+
+def test_a_difference_between_tensor_parallel_ranks_alone_may_be_rounding_and_any_other_is_not():
+    assert between_shares({0: 1, 1: 2, 2: 1, 3: 2}, tp=2), "each agrees with its data-parallel peer"
+    assert not between_shares({0: 1, 1: 2, 2: 1, 3: 3}, tp=2), "ranks 1 and 3 hold the same and disagree"
+    assert not between_shares({0: 1, 2: 2}, tp=2), "no two tensor-parallel ranks here"
+    require_none([Finding("copies", "forward/a.gain", (1,), ("h",), 2, rounding=True)])
+    with pytest.raises(CorruptionError, match="b.gain"):
+        require_none(
+            [
+                Finding("copies", "forward/a.gain", (1,), ("h",), 2, rounding=True),
+                Finding("copies", "forward/b.gain", (1,), ("h",), 2),
+            ]
+        )
