@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install install-dev quickstart test parity faults slurm-lab test-slurm lint bench-loss bench-engines bench-checkpoint bench-data objectives clean
+.PHONY: help install install-dev quickstart test parity faults faults-page slurm-lab slurm-lab-down test-slurm lint bench-loss bench-engines bench-checkpoint bench-data objectives clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -34,12 +34,13 @@ test: install-dev                 ## the tests; `make parity` runs the heavier o
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not parity" -n 2 --dist loadfile --ignore tests/distributed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not parity" -n 2 --dist loadfile --ignore tests/distributed --ignore tests/slurm
 	$(BIN)/python -m pytest -m "not parity" tests/distributed
+	$(BIN)/python -m pytest tests/slurm
 
 parity: install-dev              ## every parity cell and planted fault, the heavier proofs; rewrites docs/parity.md
 	$(BIN)/python -m tests.distributed.parity_table
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m parity -n 2 --dist loadfile --ignore tests/distributed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m parity -n 2 --dist loadfile --ignore tests/distributed --ignore tests/slurm
 	$(BIN)/python -m pytest -m parity tests/distributed
 
 # The lab is started by slurm-lab and stays until slurm-lab-down: its tests are part of `make test` where it runs.
@@ -52,8 +53,11 @@ slurm-lab-down: install-dev      ## stop it
 test-slurm: slurm-lab            ## training, preemption, requeues, lost nodes and arrays on that Slurm
 	$(BIN)/python -m pytest tests/slurm
 
-faults: install-dev              ## inject every fault; rewrites docs/faults.md from what the tests found
+faults: slurm-lab                ## inject every fault; rewrites docs/faults.md from what the tests found
 	$(BIN)/python -m pytest -m fault
+	$(BIN)/python -m tests.faults
+
+faults-page: install-dev         # docs/faults.md from tests that have run already
 	$(BIN)/python -m tests.faults
 
 lint: install-dev                 ## ruff and mypy

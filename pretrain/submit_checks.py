@@ -1,0 +1,139 @@
+"""What can be known of a job before it waits in a queue for hours: layout, memory, data, time. No torch is imported."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Optional
+
+from data.errors import InputError
+from data.manifest import Manifest, read_manifest
+from parallel.layout import Layout
+from parallel.layout_rules import Case, in_words
+from parallel.legality import judge
+from parallel.shape import ModelShape
+from pretrain.addresses import plain_address
+from pretrain.config import Config
+from pretrain.memory import GIB, Memory, cure, memory_per_gpu
+
+# Slurm looks at time limits and their signals this rarely (sbatch(1), --signal): the signal may come so much earlier.
+SIGNAL_SLACK_SECONDS = 60
+
+
+def case_of(config: Config, world: int) -> Case:
+    """What layout and memory depend on, for `world` ranks."""
+    model = ModelShape(**{name: getattr(config.model, name) for name in ModelShape.__dataclass_fields__})
+    values = {name: getattr(config.parallel, name) for name in Layout.__dataclass_fields__}
+    layout = Layout(**values | {"layers_per_stage": tuple(config.parallel.layers_per_stage)})
+    copies = 2 if config.objective.kind == "block" else 1  # a noisy and a clean copy side by side
+    return Case(
+        model,
+        world,
+        layout,
+        config.train.global_batch_size,
+        config.train.micro_batch_size,
+        config.data.sequence_length * copies,
+        config.train.precision == "bf16",
+        config.train.compile,
+    )
+
+
+def check_run(config: Config) -> None:
+    """InputError for a run folder that cannot be one."""
+    if not re.fullmatch(r"\w[\w.-]*", config.run.name):
+        raise InputError(f"config: run.name is {config.run.name!r}, it must be a plain folder name")
+    if not config.run.dir:
+        raise InputError("config: run.dir is '', it must be a folder that all nodes share")
+
+
+def check_layout(case: Case) -> None:
+    """InputError with the nearest layout that works."""
+    if problem := judge(case):
+        raise InputError(f"layout: {problem.reason}; nearest that works: {problem.alternative}")
+
+
+def check_memory(case: Case, gpu_memory_gib: float) -> Memory:
+    """The estimate; InputError if it does not fit, with the mildest change after which it would."""
+    memory = memory_per_gpu(case)
+    if memory.total > gpu_memory_gib * GIB:
+        change = cure(case, gpu_memory_gib * GIB)
+        words = "no smaller microbatch, recomputation or tensor parallelism up to 8 is enough: use more GPUs"
+        if change:
+            words = f"this fits: {', '.join(f'{key}={in_words(value)}' for key, value in change.items())}"
+        raise InputError(
+            f"memory: about {memory.sentence()} a GPU, --gpu-memory is {gpu_memory_gib:g} GiB; {words} "
+            "(--gpu-memory 0 checks nothing)"
+        )
+    return memory
+
+
+def check_data(config: Config) -> list[str]:
+    """Opens the manifests of what lies in folders; InputError as `train` would say it. Returns what could not be looked at."""
+    given = config.data.shards
+    unseen: list[str] = []
+    sources: list[tuple[str, Any]] = [("data.shards", given)]
+    if not isinstance(given, str):
+        sources = [(f"data.shards[{number}]", entry.get("path")) for number, entry in enumerate(given)]
+    if not sources or not all(path and isinstance(path, str) for _, path in sources):
+        raise InputError("data.shards is empty: name a folder made by `python -m pretrain prepare`")
+    if config.train.validate_every and not config.data.val_shards:
+        raise InputError(
+            "data.val_shards is empty but train.validate_every is set: name a folder or set train.validate_every=0"
+        )
+    if config.data.val_shards:
+        sources.append(("data.val_shards", config.data.val_shards))
+    first: Optional[Manifest] = None
+    for key, path in sources:
+        if "://" in path:
+            unseen.append(f"{key} ({plain_address(path)}) is remote: it is looked at when the job starts")
+            continue
+        manifest = _manifest(key, path, config)
+        if first and manifest.tokenizer_sha256 != first.tokenizer_sha256:
+            raise InputError(f"{key} ({path}) was made with another tokenizer than data.shards: prepare both together")
+        first = first or manifest
+    start = config.train.init_from
+    if start and not (Path(start) / "trainer.json").is_file():
+        raise InputError(
+            f"train.init_from: {start} is no checkpoint (expected a folder like RUN/checkpoints/step-00000100)"
+        )
+    return unseen
+
+
+def _manifest(key: str, path: str, config: Config) -> Manifest:
+    try:
+        manifest = read_manifest(Path(path))
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from None
+    if manifest.vocab_size > config.model.vocab_size:
+        raise InputError(
+            f"model.vocab_size {config.model.vocab_size} is smaller than the {manifest.vocab_size} ids of {key} ({path}): set "
+            f"model.vocab_size to {manifest.vocab_size} or more"
+        )
+    if manifest.row_tokens and manifest.row_tokens != config.data.sequence_length:
+        raise InputError(
+            f"{key} ({path}) holds rows of {manifest.row_tokens} tokens, data.sequence_length is "
+            f"{config.data.sequence_length}: make them equal"
+        )
+    return manifest
+
+
+def seconds_of(time: str) -> int:
+    """A time as sbatch(1) takes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. InputError else."""
+    days, dash, rest = time.rpartition("-")
+    numbers = rest.split(":")
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", time):
+        raise InputError(f"--time is {time!r}, it must be like 24:00:00, 3-12 (days-hours) or 90 (minutes)")
+    units = (3600, 60, 1) if dash or len(numbers) == 3 else (60, 1)
+    return int(days or 0) * 86400 + sum(int(number) * unit for number, unit in zip(numbers, units))
+
+
+def check_time(time: str, signal_seconds: int) -> None:
+    """InputError if the signal before the limit would come before the run has begun."""
+    limit = seconds_of(time)
+    if signal_seconds < 1:
+        raise InputError(f"--signal-seconds is {signal_seconds}, it must be at least 1: as long as a checkpoint takes")
+    if limit <= signal_seconds + SIGNAL_SLACK_SECONDS:
+        raise InputError(
+            f"--time {time} leaves no time to train: --signal-seconds {signal_seconds} before its end (Slurm: up to "
+            f"{SIGNAL_SLACK_SECONDS} more) the run is asked to save and leave"
+        )
