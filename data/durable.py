@@ -28,6 +28,12 @@ def write_durably(path: Path, content: bytes) -> None:
     fsync_folder(path.parent)
 
 
+def keep_file(path: Path, content: bytes) -> None:
+    """`write_durably`, unless that is what stands there."""
+    if not path.exists() or path.read_bytes() != content:
+        write_durably(path, content)
+
+
 def take_lock(path: Path) -> int:
     """An open descriptor that holds the kernel's lock on `path` until it is closed or the process ends, however it ends.
 

@@ -13,6 +13,7 @@ from typing import Any, Optional
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
+from data.durable import keep_file
 from data.errors import InputError
 from pretrain.addresses import without_credentials
 from pretrain.config import Config
@@ -52,7 +53,8 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def save_config(config: Config, path: Path) -> None:
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    """The YAML that a run folder keeps; whatever happens meanwhile, `path` holds this config or what it held before."""
+    keep_file(path, yaml.safe_dump(to_dict(config), sort_keys=False).encode())
 
 
 def config_from_dict(values: dict[str, Any]) -> Config:

@@ -30,7 +30,8 @@ class RankLog:
     def __init__(self, folder: Path, rank: int, world: int, launch: str):
         """launch: the start that this is, the same words on every rank of it."""
         self.path = log_path(folder, rank)
-        self._rank, self._world, self._console = rank, world, -1
+        self._rank, self._world = rank, world
+        self._console: dict[int, int] = {}  # descriptor -> another one of what it was, while the file stands there
         self._sound: Optional[tuple[TextIO, TextIO]] = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,23 +52,24 @@ class RankLog:
         sys.stdout.flush()
         sys.stderr.flush()
         self._sound = sys.stdout, sys.stderr
+        self._console = {2: os.dup(2)} if self._rank == 0 else {1: os.dup(1), 2: os.dup(2)}
+        for number in self._console:  # what native code has to say as well
+            os.dup2(self._descriptor, number)
         if self._rank == 0:  # the file gets what is worth keeping by `line`; of the console only errors
-            sys.stderr = _Both(sys.stderr, self._descriptor)
+            console = sys.stderr
+            if console is sys.__stderr__:
+                console = open(self._console[2], "w", buffering=1, closefd=False)
+            sys.stderr = _Both(console, self._descriptor)
             return
-        self._console = os.dup(2)
-        os.dup2(self._descriptor, 1)
-        os.dup2(self._descriptor, 2)
         sys.stdout, sys.stderr = _Lossy(self._descriptor), _Lossy(self._descriptor)
 
     def give_back(self) -> None:
         """The console is this process's again."""
         if self._sound is None:
             return
-        if self._console >= 0:
-            os.dup2(self._console, 1)
-            os.dup2(self._console, 2)
-            os.close(self._console)
-            self._console = -1
+        for number, console in self._console.items():
+            os.dup2(console, number)
+            os.close(console)
         (sys.stdout, sys.stderr), self._sound = self._sound, None
 
     def __enter__(self) -> RankLog:
@@ -80,8 +82,7 @@ class RankLog:
             return
         if error is not None:
             self.line("".join(traceback.format_exception(error)).rstrip())
-        self.give_back()
-        os.close(self._descriptor)
+        self.give_back()  # the file stays open: libraries may have kept a stream that stood for it
 
 
 class _Lossy(io.TextIOBase):

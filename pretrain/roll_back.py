@@ -74,7 +74,8 @@ def _set_aside(root: Path, step: int) -> None:
     """Renames the checkpoints that are newer than `step`, and points `latest` at what is left."""
     for path in checkpoint.complete_checkpoints(root):
         if checkpoint.read_trainer(path)["step"] > step:
-            os.rename(path, root / f"{SET_ASIDE}{path.name}")
+            others = sum(1 for _ in root.glob(f"{SET_ASIDE}{path.name}*"))  # of earlier roll-backs over the same step
+            os.rename(path, root / f"{SET_ASIDE}{path.name}{f'-{others + 1}' if others else ''}")
     newest: Optional[Path] = checkpoint.latest(root)
     if newest:
         write_durably(root / "latest", f"{newest.name}\n".encode())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Optional
 
+from data.durable import keep_file
 from parallel.mesh import Mesh
 from pretrain.config import Config
 from pretrain.console import TrainingDisplay
@@ -17,6 +18,8 @@ from pretrain.preflight import Plan, init_note
 from pretrain.rank_log import RankLog
 from pretrain.tracking import MetricLog, Shipper, SystemMetrics, read_state, tracking_uri, truncate_metrics
 
+FAILED_SECONDS = 2.0  # longest wait for the tracker at the end of a run that failed
+
 
 class RunRecord:
     """One process's part of it: rank 0 keeps the metrics and the console, every rank a log of its own."""
@@ -24,6 +27,7 @@ class RunRecord:
     def __init__(self, config: Config, plan: Plan, mesh: Mesh, log: RankLog):
         """Metrics behind the step where the run goes on are dropped, since those steps are taken again."""
         step, stop = plan.trainer.get("step", 0), min(config.train.stop_at or config.train.steps, config.train.steps)
+        self.state = "failed"  # or `finished`, or `preempted`: what the tracker is told at the end
         self._folder, self._rank_log = plan.folder, log
         self._display = TrainingDisplay(mesh.rank == 0, step, stop, config.train.log_every)
         self._metrics: Optional[MetricLog] = None
@@ -38,8 +42,11 @@ class RunRecord:
             )
         if mesh.rank:
             return
-        save_config(config, plan.folder / "config.yaml")
-        shutil.copyfile(plan.data.first.tokenizer_path, plan.folder / "tokenizer.json")
+        try:
+            save_config(config, plan.folder / "config.yaml")
+            keep_file(plan.folder / "tokenizer.json", Path(plan.data.first.tokenizer_path).read_bytes())
+        except OSError as error:  # a full disk is no reason not to train; the old ones stand
+            self.say(f"WARNING: config.yaml or tokenizer.json in {plan.folder} was not written: {error.strerror}")
         truncate_metrics(plan.folder, step)
         self._metrics = MetricLog(plan.folder, self.say)
         if uri := tracking_uri(config):
@@ -96,14 +103,19 @@ class RunRecord:
         if self._metrics:
             self._metrics.sync()
 
-    def close(self, state: str) -> None:
-        """Also after a failure: nothing here waits for another rank. state: finished, failed or preempted."""
+    def __enter__(self) -> RunRecord:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        """Also after a failure, of which the other ranks hear behind this: nothing here waits for another rank, or for long."""
         self._display.close()
         if self._system:
             self._system.close()
         if self._metrics:
             self._metrics.close()
-        if self._shipper and (error := self._shipper.close(state)):
+        if self._shipper and (
+            error := self._shipper.close(self.state, FAILED_SECONDS if self.state == "failed" else None)
+        ):
             self.say(
                 f"MLflow did not take every point ({error}); nothing is lost: "
                 f"`python -m pretrain track sync --run {self._folder}` ships the rest"

@@ -73,9 +73,13 @@ def train(config: Config, preemption: Optional[Preemption] = None, profile: Opti
             with (
                 contextlib.closing(heart),
                 RankLog(plan.folder, mesh.rank, mesh.world_size, launch_name(os.environ)) as log,
+                RunRecord(config, plan, mesh, log) as record,
             ):
-                run = _Run(config, plan, mesh, RunRecord(config, plan, mesh, log), heart, preemption, profile)
-                return run.to_its_end()
+                run = _Run(config, plan, mesh, record, heart, preemption, profile)
+                run.loop()
+                record.state = "preempted" if run.leaving else "finished"
+                heart.beat("end", run.step)
+                return ASKS_FOR_REQUEUE if run.leaving else 0
 
 
 def _agree(config: Config, plan: Plan, mesh: Mesh) -> None:
@@ -163,22 +167,10 @@ class _Run:
         self.first = self.step
         self.feed = Feed(self.config, plan, self.mesh, self.step, self.record.say)
 
-    def to_its_end(self) -> int:
-        """The exit code."""
-        state = "failed"
-        try:
-            self.loop()
-            self.saving.close()
-            state = "preempted" if self.leaving else "finished"
-        finally:
-            self.profile.close()
-            self.record.close(state)
-        self.heart.beat("end", self.step)
-        return ASKS_FOR_REQUEUE if self.leaving else 0
-
     def loop(self) -> None:
         if self.mesh.rank == 0:
-            record_attempt(self.folder, world=self.mesh.world_size, step=self.step)
+            with contextlib.suppress(OSError):  # a full disk: `restart` makes do without it
+                record_attempt(self.folder, world=self.mesh.world_size, step=self.step)
         for line in greeting(self.config, self.plan, self.step, self.stop):
             self.record.say(line)
         if self.plan.trainer.get("unreported"):  # the run left between this step and what was due after it
@@ -189,6 +181,8 @@ class _Run:
             self._leave()
         else:
             self._save(self.saving.finish)
+        self.saving.close()
+        self.profile.close()
 
     def _steps(self) -> Optional[Action]:
         """Steps up to the last one, or until any rank is asked to leave; or the roll-back that must come first."""
@@ -257,7 +251,10 @@ class _Run:
     def _compare_copies(self) -> None:
         """CorruptionError if anything that must be equal over ranks is not."""
         if self.copies and not self.copies.remembers:  # else this step's have been compared
-            self._done("comparing copies")
+            self.heart.beat(
+                "save", self.step, "comparing copies"
+            )  # behind validation and samples, like the save it precedes
+            self.profile.mark("comparing copies")
             findings = self.copies.compare_copies()
             require_none(findings)
             if findings:
@@ -267,6 +264,7 @@ class _Run:
             self.copies.remember()
 
     def _roll_back(self, action: Action) -> None:
+        self.heart.beat("save", self.step, "rolling back")  # reads a checkpoint: it may take as long as writing one
         self.saving.settle()
         plan = roll_back(
             self.config,
@@ -324,7 +322,7 @@ class _Run:
     def _leave(self) -> None:
         """With a checkpoint of this step if there is time for one; else the newest complete one stands."""
         self.record.say(f"step {self.step}: asked to leave; saving, then exit code {ASKS_FOR_REQUEUE}")
-        if not self.trouble.may_save(self.step):
-            self.record.say("nothing is saved while trouble is under way; the newest complete checkpoint stands")
+        if not self.trouble.may_save(self.step) and self.config.train.keep_checkpoints < 2:
+            self.record.say("no save while trouble is under way: it would take the place of the only good checkpoint")
             return
         self._save(self.saving.leave, unreported=True)

@@ -95,8 +95,10 @@ class Trouble:
         return step - self._waits_since >= self._horizon
 
     def saved(self) -> None:
-        """A new checkpoint was made: the run has got past its trouble."""
-        self._roll_backs, self._waits_since = 0, 0
+        """A new checkpoint was made: the run has got past its trouble, unless some of it is remembered yet."""
+        self._waits_since = 0
+        if not self._non_finite and not self._spikes:
+            self._roll_backs = 0
 
     def rolled_back(self, trainer: Mapping[str, Any]) -> None:
         """The run is where a checkpoint with this trainer.json ({}: its beginning) left it. What was skipped stays on record."""

@@ -65,6 +65,7 @@ def measured_states(tmp_path_factory) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parity
 def test_model_states_are_what_an_engine_holds_between_backward_and_step(measured_states, name):
     measured, estimated = measured_states[name]
     assert estimated == pytest.approx(measured, rel=0.05)

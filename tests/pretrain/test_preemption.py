@@ -58,6 +58,7 @@ def ended(ranks: list[subprocess.Popen], seconds: float = 60) -> list[int]:
     happens="all ranks agree at the next step boundary, save, and leave with exit code 75; the next start goes on",
     lost="nothing: every step, metric and validation once, the same bits as an uninterrupted run",
 )
+@pytest.mark.parity
 def test_three_requests_to_leave_lose_and_repeat_nothing(corpus, tmp_path, measured):
     run("pretrain", arguments(corpus, tmp_path, "straight", **OVERRIDES), 2)
     command = arguments(corpus, tmp_path, "asked", **OVERRIDES)

@@ -141,6 +141,7 @@ def test_options_are_read():
 
 
 @pytest.mark.skipif(not WIRED, reason="train has no --profile")
+@pytest.mark.parity
 def test_a_profiled_run_ends_in_the_same_bits(corpus, tmp_path):
     sizes = {"train.steps": 16, "train.validate_every": 8, "train.checkpoint_every": 16}
     run("pretrain", arguments(corpus, tmp_path, "plain", **sizes), 2)

@@ -60,6 +60,15 @@ def test_a_run_goes_back_to_the_newest_checkpoint_from_before_the_trouble_and_on
     assert again.resume_from == new.resume_from and again.position.consumed(8, 8) == 18 * 8
 
 
+def test_a_second_roll_back_over_the_same_step_sets_aside_what_it_finds_there(config):
+    plan = planned(config, 4, 8)
+    for _ in range(3):
+        assert roll_back(config, plan, MESH, reached=9, first_bad=8, reason="x").trainer["step"] == 4
+        checkpoint.save(plan.folder / "checkpoints", 8, {}, {"step": 8, "applied_steps": 8}, keep=9)
+    aside = [f"set-aside-step-00000008{n}" for n in ("", "-2", "-3")]
+    assert names(plan) == ["latest", *aside, "step-00000004", "step-00000008"]
+
+
 def test_a_checkpoint_of_the_last_good_step_is_good_and_one_of_the_first_bad_step_is_not(config):
     plan = planned(config, 4, 8)
     assert roll_back(config, plan, MESH, reached=9, first_bad=9, reason="x").trainer["step"] == 8

@@ -143,6 +143,7 @@ def edit(folder: Path, changes: dict) -> None:
     (folder / "files.json").write_text(json.dumps(files))
 
 
+@pytest.mark.parity
 def test_a_resumed_run_goes_the_same_way_as_the_unbroken_one(troubled, corpus, runs):
     """Stopped between the two roll-backs, at a step that is no multiple of checkpoint_every."""
     folder, _ = troubled

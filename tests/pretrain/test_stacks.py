@@ -17,13 +17,18 @@ from tests.distributed.launch import ROOT, environment
 
 PROGRAM = """
 import sys, threading, time
-def in_a_thread(): time.sleep(300)
-def in_the_main_thread(): time.sleep(300)
+there = threading.Event()
+def in_a_thread():
+    there.set()
+    time.sleep(300)
+def in_the_main_thread():
+    there.wait()
+    print("ready", flush=True)
+    time.sleep(300)
 if sys.argv[1] == "registered":
     from pretrain.stacks import register_stack_dump
     register_stack_dump()
 threading.Thread(target=in_a_thread, daemon=True).start()
-print("ready", flush=True)
 in_the_main_thread()
 """
 

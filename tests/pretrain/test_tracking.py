@@ -276,6 +276,7 @@ def _sync_beside(run: str, store: str, done) -> None:
             continue
 
 
+@pytest.mark.parity
 def test_two_processes_that_ship_the_same_growing_run_double_nothing(store, run):
     points(run, range(1, 4))
     ship(run, store, "e", "r", {})

@@ -105,6 +105,15 @@ def test_after_too_many_roll_backs_without_a_new_checkpoint_the_run_ends_and_say
         take(found, "....")
         assert found.may_save(4)
         found.saved()  # progress: the count begins anew
+    found = trouble()
+    take(found, "xxxx")
+    found.rolled_back({})
+    take(found, "x")
+    found.saved()  # on leaving, in the middle of it: no progress
+    take(found, "xxx")
+    found.rolled_back({})
+    with pytest.raises(RuntimeError, match="rolled back 2 times"):
+        take(found, "xxxx")
     never = Trouble(HealthConfig(max_rollbacks=0), 4)
     with pytest.raises(RuntimeError, match="max_rollbacks 0"):
         take(never, "xxxx")
