@@ -116,13 +116,14 @@ class _Fault:
     """An error on its way out of a worker: shipped as a value so that its one-line message arrives unwrapped."""
 
     message: str
+    passing: bool
 
 
 def _report_faults(batches: Iterable[CompactBatch]) -> Iterator[CompactBatch | _Fault]:
     try:
         yield from batches
     except InputError as error:
-        yield _Fault(str(error))
+        yield _Fault(str(error), error.passing)
 
 
 def _bundled(batches: Iterable[CompactBatch | _Fault], size: int) -> Iterator[list[CompactBatch | _Fault]]:
@@ -186,14 +187,15 @@ def _load(
     try:
         for batch in itertools.chain.from_iterable(loader):
             if isinstance(batch, _Fault):
-                raise InputError(batch.message)
+                raise InputError(batch.message, passing=batch.passing)
             yield batch
     except RuntimeError as error:
         if "timed out" not in str(error):
             raise
         raise InputError(
             f"data: the loader's workers gave nothing for {WAIT_SECONDS:.0f} s: the storage of the shards (or the way to it) is "
-            "too slow or hangs; use more data.workers, a data.shuffle_window, or a copy nearer by"
+            "too slow or hangs; use more data.workers, a data.shuffle_window, or a copy nearer by",
+            passing=True,
         ) from error
     finally:
         held.close()

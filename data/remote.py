@@ -113,14 +113,14 @@ class RemoteShards:
         try:
             return self.open_checked(entry.file, entry.bytes, entry.sha256)
         except FetchError as error:
-            raise ShardError(f"{self.where(shard)}: {error.reason}; {ADVICE}", shard, error.reason) from None
+            message = f"{self.where(shard)}: {error.reason}; {ADVICE}"
+            raise ShardError(message, shard, error.reason, passing=error.passing) from None
         except OSError as error:
             if not disk_full(error):
                 raise
             reason = f"the disk of the cache {self._cache.root} is full"
-            raise ShardError(
-                f"{self.where(shard)}: {reason}; free some room or lower max_bytes", shard, reason
-            ) from error
+            message = f"{self.where(shard)}: {reason}; free some room or lower max_bytes"
+            raise ShardError(message, shard, reason, passing=True) from error
 
     open_unchecked = open
 

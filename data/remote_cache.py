@@ -158,7 +158,8 @@ class ShardCache:
                 break
             except BlockingIOError:
                 if time.monotonic() - begun > bound:
-                    raise FetchError(f"{who} for {bound:.0f} s (lock {path})", lasting=True) from None
+                    reason = f"{who} for {bound:.0f} s (lock {path})"
+                    raise FetchError(reason, lasting=True, passing=True) from None
             time.sleep(pause)
             pause = min(2 * pause, 0.5)
         try:

@@ -34,18 +34,18 @@ def download(address: Address, name: str, target: BinaryIO, size: int, sha256: s
         try:
             for block in address.stream(name, position, size):
                 if position + len(block) > size:
-                    raise FetchError(f"it has more than the {size} bytes of the manifest")
+                    raise FetchError(f"it has more than the {size} bytes of the manifest", passing=False)
                 target.write(block)
                 digest.update(block)
                 position += len(block)
                 failures = wrong
                 if time.monotonic() > deadline:
-                    raise FetchError(f"slower than {LEAST_RATE >> 10} KiB a second", lasting=True)
+                    raise _too_slow()
             if position < size:
                 raise FetchError(f"it ended after {position} of {size} bytes")
             if digest.hexdigest() == sha256:
                 return
-            raise FetchError("its content is not what the manifest says")
+            raise FetchError("its content is not what the manifest says", passing=False)
         except FetchError as error:
             if position >= size:  # all of it came, and it was wrong: from the start
                 wrong += 1
@@ -55,7 +55,8 @@ def download(address: Address, name: str, target: BinaryIO, size: int, sha256: s
             pause = _longest_pause(failures) * _random.uniform(0.5, 1)
             if error.lasting or failures > options.retries or time.monotonic() + pause > deadline:
                 after = "" if error.lasting else f" after {tries} tries" if tries > 1 else " after 1 try"
-                raise FetchError(f"cannot be fetched{after} ({error.reason})", lasting=True) from None
+                reason = f"cannot be fetched{after} ({error.reason})"
+                raise FetchError(reason, lasting=True, passing=error.passing) from None
             time.sleep(pause)
 
 
@@ -68,7 +69,7 @@ def fetch_small(address: Address, name: str, most_bytes: int, options: CacheOpti
             for block in address.stream(name, 0, most_bytes):
                 content += block
                 if time.monotonic() > deadline:
-                    raise FetchError(f"slower than {LEAST_RATE >> 10} KiB a second", lasting=True)
+                    raise _too_slow()
             if len(content) > most_bytes:
                 raise FetchError(f"longer than {most_bytes} bytes", lasting=True)
             return bytes(content)
@@ -76,9 +77,14 @@ def fetch_small(address: Address, name: str, most_bytes: int, options: CacheOpti
             pause = _longest_pause(failures) * _random.uniform(0.5, 1)
             if error.lasting or failures > options.retries or time.monotonic() + pause > deadline:
                 after = "" if error.lasting else f" after {failures} tries" if failures > 1 else " after 1 try"
-                raise FetchError(f"cannot be fetched{after} ({error.reason})", lasting=True) from None
+                reason = f"cannot be fetched{after} ({error.reason})"
+                raise FetchError(reason, lasting=True, passing=error.passing) from None
             time.sleep(pause)
     raise AssertionError("the last try returns or raises")
+
+
+def _too_slow() -> FetchError:
+    return FetchError(f"slower than {LEAST_RATE >> 10} KiB a second", lasting=True, passing=True)
 
 
 def _longest_pause(failure: int) -> float:

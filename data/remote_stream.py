@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterator
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Optional
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from data.errors import InputError
@@ -24,11 +24,15 @@ _inherited: list[Any] = []
 
 
 class FetchError(Exception):
-    """`reason` is safe to show: it holds no address and no text from the server. `lasting`: trying again cannot help."""
+    """`reason` is safe to show: it holds no address and no text from the server. `lasting`: trying again cannot help.
 
-    def __init__(self, reason: str, lasting: bool = False) -> None:
+    `passing`: it may be otherwise at the next start of a run, in minutes; unless given, when it is not lasting.
+    """
+
+    def __init__(self, reason: str, lasting: bool = False, passing: Optional[bool] = None) -> None:
         super().__init__(reason)
         self.reason, self.lasting = reason, lasting
+        self.passing = not lasting if passing is None else passing
 
 
 class Address:

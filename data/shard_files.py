@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, Optional, Protocol, cast
 
-from data.errors import ShardError
+from data.errors import ShardError, may_pass
 from data.manifest import REMEDY, ShardEntry
 from data.shard_check import Stamp, file_sha256
 
@@ -46,8 +46,8 @@ class ShardSource(Protocol):
         ...
 
 
-def shard_error(source: ShardSource, shard: int, reason: str) -> ShardError:
-    return ShardError(f"{source.where(shard)}: {reason}; {REMEDY}", shard, reason)
+def shard_error(source: ShardSource, shard: int, reason: str, passing: bool = False) -> ShardError:
+    return ShardError(f"{source.where(shard)}: {reason}; {REMEDY}", shard, reason, passing=passing)
 
 
 class FolderShards:
@@ -116,7 +116,8 @@ class OpenShards:
             except OSError as error:
                 self._drop(shard)
                 if pause is None or error.errno not in TRANSIENT:
-                    raise shard_error(self.source, shard, f"cannot be read ({error.strerror})") from error
+                    reason = f"cannot be read ({error.strerror})"
+                    raise shard_error(self.source, shard, reason, may_pass(error)) from error
                 time.sleep(pause)
 
     def _get(self, shard: int) -> tuple[BinaryIO, Optional[Stamp]]:

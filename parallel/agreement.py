@@ -9,7 +9,7 @@ from typing import Any, Optional, TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from parallel.errors import CheckpointError
+from parallel.errors import CheckpointError, may_pass
 
 T = TypeVar("T")
 
@@ -28,6 +28,12 @@ def io_error(error: BaseException) -> Optional[OSError]:
     return None
 
 
+def passing(error: BaseException) -> bool:
+    """Whether `error` is, or was raised from, a fault of the storage that another start may not meet."""
+    found = io_error(error)
+    return getattr(error, "passing", False) or (found is not None and may_pass(found))
+
+
 def reason(error: BaseException) -> str:
     """`error` in one line; what the operating system said, where it said something."""
     found = io_error(error)
@@ -41,16 +47,16 @@ def agreed(function: Callable[[], T], group: Optional[dist.ProcessGroup] = None)
     """Calls `function` on this rank; its results on all ranks, in rank order. Collective over `group` (None = all ranks).
 
     If it failed on any rank, every rank raises the first failing rank's error: CheckpointError for a mistake or an
-    input/output error, RuntimeError for anything else, and for a rank that is gone.
+    input/output error (`passing` says which), RuntimeError for anything else, and for a rank that is gone.
     """
     result: Any = None
-    failure: Optional[tuple[bool, str]] = None
+    failure: Optional[tuple[bool, str, bool]] = None
     try:
         result = function()
     except CheckpointError as error:
-        failure = (True, str(error))
+        failure = (True, str(error), passing(error))
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
-        failure = (io_error(error) is not None, reason(error))
+        failure = (io_error(error) is not None, reason(error), passing(error))
     everyone: list[Any] = [(failure, result)]
     if distributed():
         everyone = [None] * dist.get_world_size(group)
@@ -60,8 +66,8 @@ def agreed(function: Callable[[], T], group: Optional[dist.ProcessGroup] = None)
             raise gone(error) from error
     for rank, (failed, _) in enumerate(everyone):
         if failed is not None:
-            expected, text = failed
-            raise CheckpointError(text) if expected else RuntimeError(f"rank {rank}: {text}")
+            expected, text, passes = failed
+            raise CheckpointError(text, passing=passes) if expected else RuntimeError(f"rank {rank}: {text}")
     return [result for _, result in everyone]
 
 
@@ -76,8 +82,6 @@ def first_cause(error: CheckpointException) -> CheckpointError | RuntimeError:
     """What torch.distributed.checkpoint, which tells all ranks of every rank's failure, was told first."""
     rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
     if isinstance(cause, CheckpointError):
-        return CheckpointError(str(cause))
-    expected = io_error(cause) is not None
-    return (
-        CheckpointError(f"rank {rank}: {reason(cause)}") if expected else RuntimeError(f"rank {rank}: {reason(cause)}")
-    )
+        return CheckpointError(str(cause), passing=passing(cause))
+    said = f"rank {rank}: {reason(cause)}"
+    return RuntimeError(said) if io_error(cause) is None else CheckpointError(said, passing=passing(cause))

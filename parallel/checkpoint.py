@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from parallel.agreement import agreed, distributed, first_cause, gone, reason
+from parallel.agreement import agreed, distributed, first_cause, gone, passing, reason
 from parallel.boxes import Boxes, BoxLoadPlanner
 from parallel.checkpoint_names import REPLACED, TRAINER, complete_checkpoints, latest, step_folder
 from parallel.checkpoint_reader import (
@@ -207,8 +207,10 @@ def load(checkpoint: Path, state: Mapping[str, Boxes]) -> None:
     try:
         dcp.load(dict(state), storage_reader=reader, planner=BoxLoadPlanner(), no_dist=not distributed())
     except CheckpointException as error:  # a payload that is not a tensor file, or has gone since
+        cause = first_cause(error)
         raise CheckpointError(
-            f"checkpoint {checkpoint}: its values cannot be read ({first_cause(error)}); resume from an older one"
+            f"checkpoint {checkpoint}: its values cannot be read ({cause}); resume from an older one",
+            passing=passing(cause),
         ) from None
     except RuntimeError as error:
         raise gone(error) from error

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from parallel.agreement import reason
+from parallel.agreement import passing, reason
 from parallel.boxes import BoxSavePlanner
 from parallel.checkpoint_reader import check_tiling
 from parallel.errors import CheckpointError
@@ -87,7 +87,8 @@ class RankWriter(FileSystemWriter):
                     results.append(WriteResult(item.index, length, _StorageInfo(self._name, start, length)))
                 self.files[self._name] = stream.sync()
         except Exception as error:
-            raise CheckpointError(f"checkpoint: {path} cannot be written: {reason(error)}") from error
+            said = f"checkpoint: {path} cannot be written: {reason(error)}"
+            raise CheckpointError(said, passing=passing(error)) from error
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future

@@ -1,5 +1,6 @@
 """The command line: `python -m pretrain COMMAND ...`. Exit codes: 0 done, 2 a mistake in config or input, 75 left
-with a checkpoint and asks to be started again, 76 a fault, 77 not to be started again; others are crashes.
+with a checkpoint and asks to be started again, 76 a fault, 77 not to be started again; others are crashes, and 1 also
+a fault of storage or network in the middle of a run, which may pass.
 """
 
 from __future__ import annotations
@@ -73,7 +74,10 @@ def execute(arguments: Sequence[str]) -> int:
         # Before the ranks meet all of them see the same mistake and one line is enough; later it may be one rank's own.
         if os.environ.get("LOCAL_RANK", "0") == "0" or _in_process_group():
             print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1 if error.passing else 2
+    except BrokenPipeError:  # whoever read the output has seen enough (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
     except KeyboardInterrupt:
         print("interrupted; `prepare` and `train` go on from what is complete when started again", file=sys.stderr)
         return 130

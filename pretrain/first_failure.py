@@ -37,8 +37,8 @@ def failing_together(mesh: Mesh, folder: Optional[Path] = None) -> Iterator[None
     """Runs the body; if it raises on any rank, every rank's process ends with the first failure's exit code.
 
     folder: of the run, where the ranks' logs are (the last word on a crash says where its traceback is).
-    A user's mistake (InputError, CheckpointError) is one line and code 2, anything else a traceback and code 1. In a world of
-    one process exceptions pass through as they are.
+    A user's mistake (InputError, CheckpointError) is one line and code 2, or 1 if it is a fault of the storage that may pass;
+    anything else is a traceback and code 1. In a world of one process exceptions pass through as they are.
     """
     if mesh.store is None:
         yield
@@ -71,13 +71,14 @@ class _Watch:
     def fail(self, error: BaseException) -> NoReturn:
         """Says what went wrong here, tells the others, and ends this process."""
         self._failing.set()
-        if isinstance(error, (InputError, CheckpointError)):
-            code, cause = 2, str(error)
+        mistake = isinstance(error, (InputError, CheckpointError))
+        if isinstance(error, (InputError, CheckpointError)):  # in full: types follow it
+            code, cause = 1 if error.passing else 2, str(error)
         else:
             traceback.print_exception(error)
             code = 130 if isinstance(error, KeyboardInterrupt) else 1
             cause = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-        mine = {"rank": self._rank, "host": socket.gethostname(), "code": code, "cause": cause}
+        mine = {"rank": self._rank, "host": socket.gethostname(), "code": code, "cause": cause, "traced": not mistake}
         try:
             first = json.loads(self._store.compare_set(_KEY, "", json.dumps(mine)))
         except RuntimeError:  # the rank that serves the store is gone
@@ -108,7 +109,7 @@ class _Watch:
                 seen = self._store.add(_SEEN, 0)
         sys.stdout.flush()
         log = log_path(self._folder, first["rank"]) if self._folder else None
-        where = f" ({log})" if log and first["code"] != 2 and log.exists() else ""
+        where = f" ({log})" if log and first.get("traced") and log.exists() else ""
         print(f"error: rank {first['rank']} on {first['host']} failed first: {first['cause']}{where}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(first["code"])

@@ -34,7 +34,7 @@ PHASES = (
 SLOT_BYTES = 256
 RECORD_BYTES = 2 * SLOT_BYTES
 PUBLISHED_BYTES = (
-    2048  # a page or less, rewritten in place: needs no free space, so a full disk does not silence a rank
+    2048  # a page or less, rewritten in place: once the file is there, a disk that fills up silences no rank
 )
 CLOSE_SECONDS = 5.0
 
@@ -168,7 +168,8 @@ def rank_path(folder: Path, rank: int) -> Path:
 
 def write_in_place(path: Path, values: Mapping[str, Any], size: int) -> None:
     """Overwrites `path` with one JSON object that carries its own checksum, padded to `size` bytes; longer ones are cut in their
-    `collectives`. A reader (`read_in_place`) never takes a half-written one for whole.
+    `collectives`. A reader (`read_in_place`) never takes a half-written one for whole. The first write makes the file and needs
+    free space; the later ones need none on a file system that overwrites in place (not on one that copies on write).
     """
     text = json.dumps(values)
     if len(text.encode()) > size - 32:

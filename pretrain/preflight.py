@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -30,6 +31,7 @@ from pretrain.objective import row_length
 from pretrain.stream_position import StreamPosition, go_on
 from pretrain.training_data import TrainingData, check_enough, open_set, open_training_data
 
+HOLD_SECONDS = 60.0  # longest wait, in a start behind the first, for what a dead node held
 VERIFIED_BYTES_A_SECOND = 100e6  # of one process that hashes, on a slow disk
 
 
@@ -236,13 +238,18 @@ def init_note(config: Config) -> str:
 
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Creates the run folder and keeps other processes out of it; InputError if one is in it or it cannot be written."""
+    """Creates the run folder and keeps other processes out of it; InputError if one is in it or it cannot be written.
+
+    In a job that Slurm started again the lock of a node that died may outlive it: it is waited for, for HOLD_SECONDS at most,
+    and may be gone at the next start.
+    """
+    again = os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = take_lock(folder / ".lock")
+        lock = _take(folder / ".lock", HOLD_SECONDS if again else 0.0)
     except BlockingIOError:
         raise InputError(
-            f"run folder {folder} is in use by another process: wait for it, or choose another run.name"
+            f"run folder {folder} is in use by another process: wait for it, or choose another run.name", passing=again
         ) from None
     except OSError as error:
         raise InputError(f"run folder {folder} cannot be written ({error.strerror}): choose another run.dir") from None
@@ -250,3 +257,15 @@ def hold(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def _take(path: Path, seconds: float) -> int:
+    """`take_lock`, tried again for so long."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return take_lock(path)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(0.5)

@@ -17,6 +17,9 @@ import traceback
 from pathlib import Path
 from typing import Any, Optional, TextIO
 
+from data.errors import InputError
+from parallel.errors import CheckpointError
+
 STAMP = "%Y-%m-%dT%H:%M:%S"
 
 
@@ -80,7 +83,9 @@ class RankLog:
         """What a failure of one rank among others has to say still goes to its file; the process ends with it."""
         if error is not None and self._world > 1:
             return
-        if error is not None:
+        if isinstance(error, (InputError, CheckpointError)):  # one line says it
+            self.line(f"error: {error}")
+        elif error is not None:
             self.line("".join(traceback.format_exception(error)).rstrip())
         self.give_back()  # the file stays open: libraries may have kept a stream that stood for it
 

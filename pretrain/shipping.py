@@ -67,7 +67,7 @@ def shipping_lock(run_folder: Path, seconds: float, name: str = LOCK) -> Iterato
         yield
     finally:
         with contextlib.suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_UN)  # a loader process that was forked meanwhile holds the descriptor too
+            fcntl.flock(lock, fcntl.LOCK_UN)  # a process that is being started holds the descriptor too, up to its exec
         os.close(lock)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.errors import InputError
+from pretrain.addresses import plain_address
 from pretrain.config import Config
 from pretrain.load_config import config_parser, parse
 from pretrain.submit_checks import case_of, check_data, check_layout, check_memory, check_run, check_time
@@ -86,7 +87,12 @@ def submit(arguments: Sequence[str]) -> int:
             f"{folder} has a job already: {', '.join(f'{job} ({state.lower()})' for job, state in earlier)}; cancel it (scancel "
             f"{earlier[0][0]}), or submit one that starts behind it with --chain"
         )
-    about = {"arguments": list(arguments), "user": getpass.getuser(), "folder": os.getcwd(), "python": sys.executable}
+    about = {
+        "arguments": [plain_address(argument) for argument in arguments],
+        "user": getpass.getuser(),
+        "folder": os.getcwd(),
+        "python": sys.executable,
+    }
     packed = package(config, folder, options.environment if options.environment != "none" else "", about)
     try:
         (folder / "logs").mkdir(exist_ok=True)

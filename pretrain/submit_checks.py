@@ -44,6 +44,12 @@ def check_run(config: Config) -> None:
         raise InputError(f"config: run.name is {config.run.name!r}, it must be a plain folder name")
     if not config.run.dir:
         raise InputError("config: run.dir is '', it must be a folder that all nodes share")
+    if re.match(r"https?://.*@|(?!sqlite|file)[\w+]+://[^@]*:[^@]*@", config.tracking.uri, re.IGNORECASE):
+        raise InputError(
+            "config: tracking.uri holds a user or a password, and no stored config may: leave them out of it, and set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (of a database: what its client reads, like PGUSER and "
+            "PGPASSWORD) in the file of --environment"
+        )
 
 
 def check_layout(case: Case) -> None:

@@ -43,8 +43,9 @@ def hash_list(root: Path, files: list[Path]) -> str:
 def package(config: Config, folder: Path, environment: str, about: dict[str, Any]) -> Path:
     """Writes one submission of the run at `folder` and returns its folder; all of it is there, or nothing.
 
-    environment: a file that the job's shell sources, "" for none. about: what else to keep in submitted.json. Nobody but the
-    user may read the config: addresses in it may hold passwords. InputError if the folder cannot be written.
+    environment: a file that the job's shell sources, "" for none. about: what else to keep in submitted.json, without passwords.
+    Nobody but the user may read the config, whose addresses may hold passwords, the environment, and submitted.json.
+    InputError if the folder cannot be written.
     """
     files = code_files()
     hashes = hash_list(ROOT, files)
@@ -60,11 +61,11 @@ def package(config: Config, folder: Path, environment: str, about: dict[str, Any
         (temporary / "code.sha256").write_text(hashes)
         shutil.copyfile(ROOT / SCRIPT, temporary / "job.sbatch")
         if environment:
-            shutil.copyfile(environment, temporary / "environment.sh")
-        with open(os.open(temporary / "config.yaml", os.O_WRONLY | os.O_CREAT, 0o600), "w") as kept:
-            kept.write(yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False))
+            _write_private(temporary / "environment.sh", Path(environment).read_bytes())
+        settings = yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False)
+        _write_private(temporary / "config.yaml", settings.encode())
         record = {"time": time.time(), "code_sha256": digest, **about}
-        (temporary / "submitted.json").write_text(json.dumps(record, indent=1) + "\n")
+        _write_private(temporary / "submitted.json", (json.dumps(record, indent=1) + "\n").encode())
         fsync_folder(temporary)
         final, again = submitted / name, 1
         while final.exists():  # twice in one second
@@ -75,6 +76,12 @@ def package(config: Config, folder: Path, environment: str, about: dict[str, Any
         shutil.rmtree(temporary, ignore_errors=True)
         raise InputError(f"{submitted} cannot be written ({error.strerror}): choose another run.dir") from None
     return final
+
+
+def _write_private(path: Path, content: bytes) -> None:
+    """A new file that nobody but the user may read."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(content)
 
 
 def forget(package: Path) -> None:

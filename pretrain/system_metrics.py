@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import threading
 import time
@@ -13,8 +14,9 @@ from typing import Optional
 import psutil
 
 from pretrain.gpu_metrics import Gpus
+from pretrain.launch import rank_and_world
 from pretrain.spool import say_on_stderr
-from pretrain.system_spool import SystemSpool, plain_host
+from pretrain.system_spool import SystemSpool, claim_name
 
 _GIB = 2**30
 _INFINIBAND = Path("/sys/class/infiniband")
@@ -68,7 +70,8 @@ class SystemMetrics:
     """A daemon thread that writes RUN/system-HOST.jsonl every `every` seconds; `step()` is the training step of the moment.
 
     Its x-axis is the training step, as that of every other metric, so a dip in throughput and a GPU that got hot stand
-    above each other; by time MLflow shows it anyway. One process a host starts it (local rank 0).
+    above each other; by time MLflow shows it anyway. One process a host starts it (local rank 0). Of two hosts of one name the
+    second is HOST-rN, N being that process's rank.
     """
 
     def __init__(
@@ -78,27 +81,34 @@ class SystemMetrics:
         step: Callable[[], int],
         host: str = "",
         say: Callable[[str], None] = say_on_stderr,
+        rank: Optional[int] = None,
     ):
+        """host, rank: this host's own name and this process's rank, unless given."""
         self._every, self._step = every, step
-        name = plain_host(host or socket.gethostname())
-        self._prefix = f"system/{name}/"
-        self._folder, self._name, self._say = run_folder, name, say
+        self._host = host or socket.gethostname()
+        self._rank = rank_and_world(os.environ)[0] if rank is None else rank
+        self._folder, self._say = run_folder, say
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="system-metrics", daemon=True)
         self._thread.start()
 
     def _work(self) -> None:
+        held: Optional[int] = None
         try:
-            host, spool = Host(self._folder), SystemSpool(self._folder, self._name, self._say)
+            name, held = claim_name(self._folder, self._host, self._rank)
+            host, spool = Host(self._folder), SystemSpool(self._folder, name, self._say)
             while not self._stop.wait(self._every):
-                self._sample(host, spool)
-            self._sample(host, spool)  # a run shorter than the interval has one sample too
+                self._sample(host, spool, name)
+            self._sample(host, spool, name)  # a run shorter than the interval has one sample too
             spool.close()
         except Exception as error:  # a machine that cannot be read is no reason to stop
             self._say(f"system metrics end here: {type(error).__name__}: {error}")
+        finally:
+            if held is not None:
+                os.close(held)
 
-    def _sample(self, host: Host, spool: SystemSpool) -> None:
-        spool.append(self._step(), {self._prefix + name: value for name, value in host.sample().items()})
+    def _sample(self, host: Host, spool: SystemSpool, name: str) -> None:
+        spool.append(self._step(), {f"system/{name}/{what}": value for what, value in host.sample().items()})
 
     def close(self, seconds: float = 2.0) -> None:
         """Takes a last sample; does not wait longer than `seconds` for a file system that hangs."""

@@ -1,7 +1,8 @@
 """system-HOST.jsonl: what a host said of itself, a line a sample. Each host has a file of its own, of bounded size.
 
-When a file is full it becomes system-HOST.old.jsonl, in place of the one before it. The steps of a run go back when it
-resumes; the times in one file only grow, so they say what is new.
+Where two hosts of a run have one name, the second goes by HOST-rN, N being its first rank. When a file is full it becomes
+system-HOST.old.jsonl, in place of the one before it. The steps of a run go back when it resumes; the times in one file only
+grow, so they say what is new.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
+from data.durable import take_lock
 from pretrain.spool import Changed, Spool, lines_backwards, lines_behind, say_on_stderr
 
+NAME_LENGTH = 64  # of a host, in letters
 FULL_BYTES = 64 << 20  # two such files a host: 9 to 19 days of 8 GPUs with a sample every 30 s
 
 
@@ -23,9 +26,24 @@ def spool_name(host: str) -> str:
     return f"system-{plain_host(host)}.jsonl"
 
 
-def plain_host(host: str) -> str:
-    """A host's name as it can stand in a file's name and in a metric's."""
-    return re.sub(r"[^\w.-]", "_", host)[:64].strip(".") or "host"
+def plain_host(host: str, behind: str = "") -> str:
+    """A host's name as it can stand in a file's name and in a metric's; `behind` is its end."""
+    return (re.sub(r"[^\w.-]", "_", host)[: NAME_LENGTH - len(behind)].strip(".") or "host") + behind
+
+
+def claim_name(run_folder: Path, host: str, rank: int) -> tuple[str, Optional[int]]:
+    """(the name that a host writes under, a descriptor that keeps it from others while it is open, None if nothing does).
+
+    The name is the host's own if no other process writes under it in this run, else it ends in the host's first rank.
+    """
+    for name in (plain_host(host), plain_host(host, f"-r{rank}")):
+        try:
+            return name, take_lock(run_folder / f".system-{name}.lock")
+        except BlockingIOError:
+            continue
+        except OSError:  # a folder that cannot be written: the spool says so
+            return name, None
+    return name, None  # the lock of this very rank outlives it: no other rank has its number
 
 
 class SystemSpool:

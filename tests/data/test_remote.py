@@ -91,6 +91,7 @@ def test_a_store_that_stays_bad_ends_in_one_line_and_the_other_shards_read(
     with pytest.raises(ShardError, match=message) as caught:
         shards.read_tokens(first, 3)
     assert time.monotonic() - begun < 4
+    assert caught.value.passing == (kind in ("errors", "always cut", "hangs")), "a later start may find the store well"
     assert (
         caught.value.shard == 1
         and f"{server.url}/shard-000001.tar: " in str(caught.value)
@@ -111,9 +112,9 @@ def test_a_store_that_only_drips_is_given_up_within_the_bound(
     shards = ShardSet.open(server.url, cache=options(tmp_path, retries=1, timeout_seconds=0.5))
     server.faults["shard-000000.tar"] = ["drip 2000"] * 9  # 20 kB would take ten seconds, and no wait is long
     begun = time.monotonic()
-    with pytest.raises(ShardError, match="slower than 1024 KiB a second"):
+    with pytest.raises(ShardError, match="slower than 1024 KiB a second") as caught:
         shards.read_tokens(0, 3)
-    assert 0.9 < time.monotonic() - begun < 3
+    assert 0.9 < time.monotonic() - begun < 3 and caught.value.passing
 
 
 OPENING = {

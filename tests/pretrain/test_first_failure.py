@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from pretrain.rank_log import log_path
 from tests.distributed.launch import start
 
 
@@ -16,6 +17,13 @@ from tests.distributed.launch import start
         (1, "raises", 1, "ZeroDivisionError: a bug"),
         (0, "raises", 1, "ZeroDivisionError: a bug"),  # the rank that serves the store where they met
         (1, "input", 2, "shard-000003.tar is cut short"),
+        (
+            1,
+            "storage",
+            1,
+            "shard-000003.tar: cannot be read (Input/output error)",
+        ),  # may pass: another start is worth a try
+        (0, "checkpoint", 1, "checkpoint x cannot be read (Stale file handle)"),
         (0, "killed", 1, None),
     ],
 )
@@ -24,8 +32,11 @@ from tests.distributed.launch import start
     happens="all ranks end within 30 s; the last line of each is the first cause",
     lost="the steps since the newest complete checkpoint, which the next start takes again",
 )
-def test_all_ranks_end_soon_with_the_first_failure(who, how, code, cause):
-    ranks = start("tests.pretrain.failing_worker", [str(who), how], 2)
+def test_all_ranks_end_soon_with_the_first_failure(who, how, code, cause, tmp_path):
+    log = log_path(tmp_path, who)
+    log.parent.mkdir()
+    log.touch()
+    ranks = start("tests.pretrain.failing_worker", [str(who), how, str(tmp_path)], 2)
     try:
         ranks[who].wait(timeout=60)
         failed = time.monotonic()
@@ -41,7 +52,8 @@ def test_all_ranks_end_soon_with_the_first_failure(who, how, code, cause):
             continue
         last = text.strip().splitlines()[-1]
         if cause:
-            assert last == f"error: rank {who} on {socket.gethostname()} failed first: {cause}"
+            more = f" ({log})" if how == "raises" else ""  # only where a traceback is
+            assert last == f"error: rank {who} on {socket.gethostname()} failed first: {cause}{more}"
         assert last.startswith("error: rank ") and " failed first: " in last
-    if how == "input":
+    if how in ("input", "storage", "checkpoint"):
         assert "Traceback" not in said[who]

@@ -44,6 +44,9 @@ MISTAKES = {
     "partition": (["--partition", "a b"], ["--partition", "'a b'"]),
     "a word that sbatch takes for its script": (["--sbatch-args=--qos high"], ["--sbatch-args", "'high'", "--name=value"]),
     "unfinished quotes": (["--sbatch-args=--comment='x"], ["--sbatch-args", "cannot be read"]),
+    "password": (["--tracking.uri", "https://u:s3cret@h/"], ["tracking.uri holds", "MLFLOW_TRACKING_PASSWORD", "--environment"]),
+    "user": (["--tracking.uri=https://u@h/"], ["tracking.uri holds", "MLFLOW_TRACKING_USERNAME"]),
+    "database": (["--tracking.uri=mysql+pymysql://u:s3/cret@h/db"], ["tracking.uri holds", "PGPASSWORD"]),
     "environment": (["--environment", "nowhere.env"], ["--environment", "nowhere.env"]),
 }  # fmt: skip
 
@@ -55,7 +58,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(name, corpus, tmp_path):
         submit(options(corpus, tmp_path / "runs") + changed)
     for part in said:
         assert part in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "cret" not in str(caught.value)
     assert not (tmp_path / "runs").exists()
 
 
@@ -110,13 +113,16 @@ def test_what_is_packed_is_the_code_and_the_config_and_later_changes_do_not_reac
     words = ["--run.dir", str(tmp_path), "--data.shards", secret, "--optimizer.betas", "[0.8, 0.9]"]
     config = load_config(words)
     folder = tmp_path / "run"
-    packed = package(config, folder, str(ROOT / "slurm" / "h800.env"), {"arguments": ["x"]})
+    (tmp_path / "own.env").write_text("export MLFLOW_TRACKING_PASSWORD=hunter2\n")
+    packed = package(config, folder, str(tmp_path / "own.env"), {"arguments": ["x"]})
     check = subprocess.run(
         ["sha256sum", "--check", "--quiet", "../code.sha256"], cwd=packed / "code", capture_output=True
     )
     assert check.returncode == 0
     assert load_config(["--config", str(packed / "config.yaml")]) == config
-    assert stat.S_IMODE((packed / "config.yaml").stat().st_mode) == 0o600
+    assert (packed / "environment.sh").read_text() == (tmp_path / "own.env").read_text()
+    for name in ("config.yaml", "environment.sh", "submitted.json"):
+        assert stat.S_IMODE((packed / name).stat().st_mode) == 0o600, name
     about = json.loads((packed / "submitted.json").read_text())
     assert packed.name.endswith(about["code_sha256"][:8])
     files = {str(path) for path in code_files()}
@@ -129,6 +135,30 @@ def test_what_is_packed_is_the_code_and_the_config_and_later_changes_do_not_reac
     environ = {**os.environ, "PYTHONPATH": str(packed / "code"), "PYTHONSAFEPATH": "1"}
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environ, text=True, capture_output=True)
     assert done.stdout.strip() == str(packed / "code" / "pretrain" / "config.py")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["", "none", "https://h:5000/", "postgresql://h/db", "sqlite:////home/a:b@c/mlflow.db", "postgresql://u@h/db"],
+)
+def test_an_address_of_a_tracker_without_a_password_is_taken(uri, corpus, tmp_path):
+    assert submit([*options(corpus, tmp_path / "runs"), f"--tracking.uri={uri}"]) == 0
+
+
+def test_no_password_of_the_command_line_stands_in_submitted_json(corpus, tmp_path, monkeypatch):
+    commands = tmp_path / "bin"  # stand-ins for Slurm's, which take every job: what is looked at is what is packed
+    commands.mkdir()
+    for name, answer in (("squeue", ""), ("sbatch", "7")):
+        (commands / name).write_text(f"#!/bin/sh\necho {answer}\n")
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(commands), prepend=os.pathsep)
+    words = [word for word in options(corpus, tmp_path / "runs") if word != "--dry-run"]
+    words += ["--data.val_shards", "https://me:hunter2@host/sets/val?token=abc"]
+    submit([*words, "--data.shards=https://me:hunter2@host/sets/train"])
+    (record,) = (tmp_path / "runs").glob("run/submitted/*/submitted.json")
+    said = json.loads(record.read_text())["arguments"]
+    assert "--data.shards=https://host/sets/train" in said and "https://host/sets/val" in said
+    assert "hunter2" not in record.read_text() and "abc" not in record.read_text()
 
 
 def test_what_slurm_refuses_is_taken_away_again(tmp_path):

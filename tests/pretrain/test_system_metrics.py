@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import subprocess
 import threading
 import time
@@ -15,7 +16,7 @@ from pretrain import system_spool
 from pretrain.gpu_metrics import Gpus, chosen
 from pretrain.shipping import read_state, ship
 from pretrain.system_metrics import Host, SystemMetrics
-from pretrain.system_spool import SystemSpool, new_samples, plain_host, spool_name, spools
+from pretrain.system_spool import SystemSpool, claim_name, new_samples, plain_host, spool_name, spools
 from tests.pretrain.mlflow_server import runs_of, stored
 
 pytest_plugins = ("tests.pretrain.tracking_fixtures",)
@@ -151,6 +152,51 @@ def test_the_thread_writes_a_sample_each_interval_with_the_step_of_the_moment(tm
     assert found[0]["step"] == 7 and found[-1]["step"] == 8, "the last sample is taken at the end"
     assert found[0]["system/node_1/memory_percent"] > 0
     assert all(a["time"] < b["time"] for a, b in zip(found, found[1:]))
+
+
+def test_two_hosts_of_one_name_write_files_and_metrics_of_their_own_and_are_both_shipped(store, run):
+    name = "n" * 70  # cut, and still apart
+    hosts = {rank: SystemMetrics(run, 0.05, lambda rank=rank: rank, host=name, rank=rank) for rank in (0, 8, 16)}
+    until = time.monotonic() + 20
+    while len(spools(run)) < 3 and time.monotonic() < until:
+        time.sleep(0.02)
+    for metrics in hosts.values():
+        metrics.close()
+    assert len(spools(run)) == 3
+    cut = "n" * 64
+    by_file = {path.name: lines(path) for path in spools(run)}
+    assert spool_name(cut) in by_file, "one of them has the name alone"
+    prefixes = set()
+    for file, found in by_file.items():
+        host = file.removeprefix("system-").removesuffix(".jsonl")
+        assert len(host) == 64 and spool_name(host) == file, "the store's names lead back to the file"
+        (step,) = {line["step"] for line in found}
+        assert host in (cut, f"{cut[: 64 - len(f'-r{step}')]}-r{step}")
+        names = {key for line in found for key in line if key not in ("step", "time")}
+        assert all(key.startswith(f"system/{host}/") for key in names) and f"system/{host}/memory_percent" in names
+        prefixes.add(host)
+    assert len(prefixes) == 3
+    ship(run, store, "e", "r", {})
+    for file, found in by_file.items():
+        host = file.removeprefix("system-").removesuffix(".jsonl")
+        assert len(stored(store, read_state(run)["run_id"], f"system/{host}/memory_percent")) == len(found)
+
+
+def test_a_host_has_its_own_name_again_at_the_next_start(tmp_path):
+    for step in (1, 2):
+        metrics = SystemMetrics(tmp_path, 30.0, lambda step=step: step, host="h", rank=8)
+        metrics.close()
+    assert [path.name for path in spools(tmp_path)] == ["system-h.jsonl"]
+    assert [line["step"] for line in lines(tmp_path / "system-h.jsonl")] == [1, 2]
+
+
+def test_the_lock_of_a_rank_that_died_with_its_node_does_not_keep_its_next_start_from_writing(tmp_path):
+    first, held = claim_name(tmp_path, "h", 8)
+    second, kept = claim_name(tmp_path, "h", 8)
+    assert (first, second) == ("h", "h-r8") and claim_name(tmp_path, "h", 8) == ("h-r8", None)
+    assert held is not None and kept is not None
+    os.close(held)
+    os.close(kept)
 
 
 def test_a_folder_that_cannot_be_written_and_a_step_that_fails_end_nothing(tmp_path):
