@@ -2,48 +2,99 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data.errors import InputError
 from pretrain.config import HealthConfig
 from pretrain.metric_log import last_step
-from pretrain.restarts import DAY_SECONDS, STOPS, Attempt, Decision, record_end
+from pretrain.restart_rules import DAY_SECONDS, LOST, STOPS, Attempt, Decision
+from pretrain.restarts import ENDED_BY, record_end, record_lost
 from pretrain.run_events import record_state
 from pretrain.watch_faults import LEAVES, MISTAKE
 
 REPORT = "report.txt"
+_ASKING = {signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT}
 
 
 def restart(run: str, code: int, wait: bool = True, config: str = "") -> int:
     """Notes the end, says what becomes of the run, waits if it has to. 0: done, 2: a mistake, 75: start again now, 77: do not.
 
     code: what the start ended with. config: file to take `health` from instead of RUN/config.yaml. When the run is not to be
-    started again because of a fault, RUN/health/report.txt says why and what to do.
+    started again because of a fault, RUN/health/report.txt says why and what to do. PALIMPSEST_ENDED_BY in the environment says
+    what ended it (Attempt.why); with `lost` the job has just been started again: an end that nobody noted is noted, 75 or 77.
     """
     folder = Path(run)
-    if code in (0, MISTAKE) and not folder.is_dir():
-        return code
+    lost = os.environ.get(ENDED_BY) == LOST
+    if (lost or code in (0, MISTAKE)) and not folder.is_dir():
+        return LEAVES if lost else code
     if not folder.is_dir():
         raise InputError(f"restart: {run} is no run folder; name the one that `train` made")
+    with _undisturbed():
+        result = _decided(folder, code, config, lost)
+    if isinstance(result, int):
+        return result
+    if wait:
+        _pause(result.wait_seconds)
+    return LEAVES
+
+
+def _decided(folder: Path, code: int, config: str, lost: bool) -> int | Decision:
+    """Notes the end and says what becomes of the run: an exit code, or the pause before the next start."""
     health = _health(folder, config)
-    try:
+    if lost:
+        try:
+            found = record_lost(folder, health)
+        except OSError as error:
+            _warn(f"{folder / 'health'} cannot be written ({error.strerror}): how the last start ended is not noted")
+            return LEAVES
+        if found is None:
+            return LEAVES
+        history, decision = found
+    else:
         history, decision = record_end(folder, code, health)
-    except OSError as error:
-        raise InputError(f"restart: {folder / 'health'} cannot be written: {error.strerror}") from None
     print(_line(history[-1], decision), flush=True)
     if history[-1].code in (0, MISTAKE):
         return int(history[-1].code or 0)
-    if not decision.restart:
+    if decision.restart:
+        return decision
+    path = folder / "health" / REPORT
+    try:
         record_state(folder, "failed", last_step(folder))  # for the tracker, which a killed run could not tell
-        path = folder / "health" / REPORT
         path.write_text(report(folder, history, decision))
+    except OSError as error:
+        _warn(f"{folder} cannot be written ({error.strerror}): no {path}")
+    else:
         print(f"restart: {path} says more", flush=True)
-        return STOPS
-    if wait:
-        time.sleep(decision.wait_seconds)
-    return LEAVES
+    return STOPS
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Signals wait until the body is over. What the caller ignores, as slurm/job.sh does until here, stays ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ASKING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _pause(seconds: float) -> None:
+    """From here on a signal may end this process: all is noted, and what it would say is that the run goes on."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            if signal.getsignal(number) is signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+    time.sleep(seconds)
 
 
 def report(run: Path, history: Sequence[Attempt], decision: Decision) -> str:
@@ -97,7 +148,10 @@ def _advice(run: Path, history: Sequence[Attempt]) -> list[str]:
         advice.append(f"host {often} is named in {hosts.count(often)} faults of the last 24 hours: exclude it")
     if last.code == LEAVES:
         advice.append("ask for more time, or make the start and the way to the first checkpoint shorter")
-    advice.append("then start the run again as before: what was attempted up to here does not count any more")
+    again = (
+        "submit the run again (a requeue of the same job would not do)" if last.job else "start the run again as before"
+    )
+    advice.append(f"then {again}: what was attempted up to here does not count any more")
     return advice
 
 
@@ -108,10 +162,19 @@ def _line(attempt: Attempt, decision: Decision) -> str:
 
 
 def _health(folder: Path, config: str) -> HealthConfig:
-    """The run's own rules; the defaults for one that ended before it kept its config."""
+    """The run's own rules; the defaults for one that ended before it kept its config, or whose config cannot be read."""
     from pretrain.load_config import load_config
 
     path = Path(config) if config else folder / "config.yaml"
-    if not config and not path.is_file():
+    try:
+        if not config and not path.is_file():
+            return HealthConfig()
+        return load_config(["--config", str(path)]).health
+    except (Exception, SystemExit) as error:  # whatever is wrong with it must not end a run that can go on
+        said = " ".join(str(error).split())[:300]
+        _warn(f"{path} cannot be read ({said}): the defaults of `health` hold")
         return HealthConfig()
-    return load_config(["--config", str(path)]).health
+
+
+def _warn(text: str) -> None:
+    print(f"restart: warning: {text}", file=sys.stderr, flush=True)

@@ -1,114 +1,27 @@
-"""Whether a run is started again: every start and every end in RUN/health/attempts.jsonl, and the rules that read them.
-
-A run that lost its time slot goes on. A fault of the machine goes on too, with growing pauses; a fault that comes again at the
-same step is the run's own and no number of restarts mends it.
-"""
+"""Every start of a run and every end, in RUN/health/attempts.jsonl: noted, read back, and judged by the rules (restart_rules)."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Optional
 
 from parallel.checkpoint_names import latest, step_of
 from pretrain.config import HealthConfig
 from pretrain.launch import job_id, launch_name
-from pretrain.watch_faults import INTERRUPTED, LEAVES, MISTAKE, fault_from, fault_path
+from pretrain.restart_rules import LOST, Attempt, Decision, decide, step_words
+from pretrain.watch_faults import LEAVES, MISTAKE, fault_from, fault_path
 
-STOPS = 77  # exit code of `restart`: do not start again
-DAY_SECONDS, HOUR_SECONDS, LONGEST_WAIT_SECONDS = 24 * 3600.0, 3600.0, 15 * 60.0
-FRUITLESS = 3  # time slots in a row without a new checkpoint
+ENDED_BY = "PALIMPSEST_ENDED_BY"  # set by slurm/job.sh: what ended a start, as it saw it
 ATTEMPTS = "attempts.jsonl"
-_CANCELLED = (INTERRUPTED, 128 + 15, 15)  # Ctrl-C; scancel as srun reports it
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One start of a run and its end.
-
-    began, ended: seconds since 1970 (0: unknown, not yet). started_at: the step that it went on from (0: a new run). reached: step
-    of the newest complete checkpoint at its end (-1: none). code: None while it runs, and if the host died with it. decision:
-    `restart`, `stop`, or "" while none was made.
-    """
-
-    number: int
-    launch: str
-    job: str = ""
-    world: int = 0
-    began: float = 0.0
-    started_at: int = -1
-    ended: float = 0.0
-    code: Optional[int] = None
-    reached: int = -1
-    fault: Optional[dict[str, Any]] = None
-    decision: str = ""
-
-    @property
-    def progress(self) -> bool:
-        """Whether it left a newer checkpoint than it found."""
-        return self.reached > self.started_at
-
-    @property
-    def faulty(self) -> bool:
-        return self.code is not None and self.code not in (0, MISTAKE, LEAVES, *_CANCELLED)
-
-
-@dataclass(frozen=True)
-class Decision:
-    restart: bool
-    wait_seconds: float
-    reason: str
-
-
-def decide(history: Sequence[Attempt], health: HealthConfig) -> Decision:
-    """What becomes of a run whose attempts were these, the last one just over. Pure.
-
-    Attempts up to one that was followed by `stop` do not count: a person has looked at the run since.
-    """
-    last = history[-1]
-    since = [i for i, attempt in enumerate(history[:-1]) if attempt.decision == "stop"]
-    attempts = list(history[since[-1] + 1 :] if since else history)
-    if last.code == 0:
-        return Decision(False, 0.0, "the run is done")
-    if last.code == MISTAKE:
-        return Decision(False, 0.0, "a mistake in the config or the data: another start would meet it again")
-    if last.code in _CANCELLED and last.fault is None:
-        return Decision(False, 0.0, f"cancelled by its user (exit code {last.code})")
-    if last.code == LEAVES:
-        slots = attempts[-FRUITLESS:]
-        if (
-            len(slots) == FRUITLESS
-            and all(a.code == LEAVES for a in slots)
-            and slots[-1].reached <= slots[0].started_at
-        ):
-            return Decision(
-                False,
-                0.0,
-                f"{FRUITLESS} time slots in a row ended without a new checkpoint (the newest is of {_step(last.reached)}): "
-                "the time limit is too short for start and first checkpoint; lengthen it, or lower train.checkpoint_every",
-            )
-        return Decision(True, 0.0, f"left with a checkpoint of {_step(last.reached)}")
-    faults = [attempt for attempt in attempts if attempt.faulty]
-    same = [attempt for attempt in faults[:-1] if _same(attempt.fault, last.fault)]
-    said = _brief(last)
-    if same:
-        return Decision(
-            False,
-            0.0,
-            f"the same fault at {_step((last.fault or {}).get('step'))} as in attempt {same[-1].number}: {said}",
-        )
-    lately = [attempt for attempt in faults if last.ended - attempt.ended <= DAY_SECONDS]
-    if len(lately) > health.max_restarts:
-        return Decision(
-            False, 0.0, f"{len(lately)} faults within 24 hours (health.max_restarts {health.max_restarts}): {said}"
-        )
-    wait = _pause(attempts, health.restart_backoff_seconds)
-    return Decision(True, wait, f"{said}; goes on from {_step(last.reached)}")
+HOUR_SECONDS = 3600.0
+_TORCHRUN = 1  # what torchrun ends with, whatever its ranks ended with
 
 
 def record_attempt(run: Path, *, world: int, step: int, environ: Optional[Mapping[str, str]] = None) -> int:
@@ -130,39 +43,96 @@ def record_attempt(run: Path, *, world: int, step: int, environ: Optional[Mappin
 
 
 def record_end(
-    run: Path, code: int, health: HealthConfig, environ: Optional[Mapping[str, str]] = None
+    run: Path,
+    code: int,
+    health: HealthConfig,
+    environ: Optional[Mapping[str, str]] = None,
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> tuple[list[Attempt], Decision]:
-    """Notes that the newest start is over with `code` and what becomes of the run; the whole history and the decision."""
+    """Notes that the newest start is over with `code` and what becomes of the run; the whole history and the decision.
+
+    A history that cannot be written is said, and costs no run: then 75 goes on, and a fault is judged by what could be read.
+    """
     environ = os.environ if environ is None else environ
+    attempt, earlier = _ended(run, code, environ)
+    history = [*earlier, attempt]
+    decision = decide(history, health)
+    try:
+        _append(run, _end_line(attempt, decision))
+    except OSError as error:
+        say(f"restart: {run / 'health' / ATTEMPTS} cannot be written ({error.strerror}): this end counts only now")
+        if attempt.code == LEAVES:
+            decision = Decision(True, 0.0, f"left with a checkpoint of {step_words(attempt.reached)}")
+        elif decision.restart:  # nothing makes the pauses grow
+            decision = replace(decision, wait_seconds=max(decision.wait_seconds, health.restart_backoff_seconds))
+    history[-1] = replace(attempt, decision="restart" if decision.restart else "stop")
+    return history, decision
+
+
+def record_lost(
+    run: Path, health: HealthConfig, environ: Optional[Mapping[str, str]] = None
+) -> Optional[tuple[list[Attempt], Decision]]:
+    """At a start of a requeued job: if nobody noted how its last start ended, since the node that was to note it went down with it,
+    that is noted now, and what becomes of the run. None if there is nothing to note. OSError if it cannot be written.
+    """
+    environ = os.environ if environ is None else environ
+    job, count = job_id(environ), int(environ.get("SLURM_RESTART_COUNT", "0"))
     history = read_attempts(run)
-    reached = newest_step(run)
-    if history and history[-1].code is None and _of_this_start(history[-1], environ):
-        open_attempt, history = history[-1], history[:-1]
+    if not job or not count:
+        return None
+    of_job = [attempt for attempt in history if attempt.job == job]
+    if of_job and of_job[-1].ended and of_job[-1].restarts in (-1, count - 1):
+        return None
+    earlier = dict(environ) | {"SLURM_RESTART_COUNT": str(count - 1), ENDED_BY: LOST}
+    attempt, before = _ended(run, None, earlier)
+    decision = decide([*before, attempt], health)
+    _append(run, _end_line(attempt, decision))
+    return [*before, replace(attempt, decision="restart" if decision.restart else "stop")], decision
+
+
+def _ended(run: Path, code: Optional[int], environ: Mapping[str, str]) -> tuple[Attempt, list[Attempt]]:
+    """The start that is over with `code`, not yet decided upon, and the attempts before it."""
+    history = read_attempts(run)
+    job = job_id(environ)
+    if history and not history[-1].ended and _of_this_start(history[-1], environ):
+        attempt, history = history[-1], history[:-1]
     else:  # it ended before it could say that it began
-        started_at = history[-1].reached if history else -1
-        open_attempt = Attempt(len(history) + 1, "", job_id(environ), started_at=started_at)
-    fault = None if code in (0, LEAVES) else _fault_of(run, open_attempt, environ, history)
+        attempt = Attempt(len(history) + 1, "", job, started_at=history[-1].reached if history else -1)
+    fault = None if code in (0, LEAVES) else _fault_of(run, attempt, environ, history)
+    left = 0.0
     if fault and fault.get("kind") == "mistake":
         code = MISTAKE
-    launch = open_attempt.launch or (fault or {}).get("launch", "")
-    now = round(time.time(), 3)
-    attempt = replace(open_attempt, launch=launch, ended=now, code=code, reached=reached, fault=fault)
-    decision = decide([*history, attempt], health)
-    attempt = replace(attempt, decision="restart" if decision.restart else "stop")
-    end = {
+    elif fault is None and code == _TORCHRUN and (left := _left_at(run, attempt, history)):
+        code = LEAVES
+    return replace(
+        attempt,
+        launch=attempt.launch or (fault or {}).get("launch", ""),
+        ended=round(time.time(), 3),
+        code=code,
+        reached=newest_step(run),
+        fault=fault,
+        restarts=int(environ.get("SLURM_RESTART_COUNT", "0")) if job else -1,
+        why=environ.get(ENDED_BY, ""),
+        left=left,
+    ), history
+
+
+def _end_line(attempt: Attempt, decision: Decision) -> dict[str, Any]:
+    return {
         "ended": attempt.number,
-        "time": now,
-        "launch": launch,
+        "time": attempt.ended,
+        "launch": attempt.launch,
         "job": attempt.job,
-        "code": code,
-        "step": reached,
-        "fault": fault,
-        "decision": attempt.decision,
+        "restarts": attempt.restarts,
+        "code": attempt.code,
+        "why": attempt.why,
+        "left": attempt.left,
+        "step": attempt.reached,
+        "fault": attempt.fault,
+        "decision": "restart" if decision.restart else "stop",
         "reason": decision.reason,
         "wait_seconds": decision.wait_seconds,
     }
-    _append(run, end)
-    return [*history, attempt], decision
 
 
 def read_attempts(run: Path) -> list[Attempt]:
@@ -177,7 +147,8 @@ def read_attempts(run: Path) -> list[Attempt]:
             values = json.loads(line)
             if "attempt" in values:
                 start = [values[key] for key in ("launch", "job", "world", "time", "step")]
-                attempts.append(Attempt(len(attempts) + 1, *start))
+                started = Attempt(len(attempts) + 1, *start)
+                attempts.append(replace(started, restarts=_restarts_in(started.launch, started.job)))
                 continue
             end = {
                 "ended": values["time"],
@@ -185,8 +156,11 @@ def read_attempts(run: Path) -> list[Attempt]:
                 "reached": values["step"],
                 "fault": values["fault"],
                 "decision": values["decision"],
+                "restarts": values.get("restarts", -1),
+                "why": values.get("why", ""),
+                "left": values.get("left", 0.0),
             }
-            if attempts and attempts[-1].code is None and attempts[-1].launch == values["launch"]:
+            if attempts and not attempts[-1].ended and attempts[-1].launch == values["launch"]:
                 attempts[-1] = replace(attempts[-1], **end)
             else:
                 reached = attempts[-1].reached if attempts else -1
@@ -212,66 +186,56 @@ def _of_this_start(attempt: Attempt, environ: Mapping[str, str]) -> bool:
     return bool(re.fullmatch(rf"{re.escape(job)}-\d+-{environ.get('SLURM_RESTART_COUNT', '0')}", attempt.launch))
 
 
+def _restarts_in(launch: str, job: str) -> int:
+    """How often a job had been requeued, from the name of a start under srun; -1 for other names."""
+    found = re.fullmatch(rf"{re.escape(job)}-\d+-(\d+)", launch) if job else None
+    return int(found[1]) if found else -1
+
+
 def _fault_of(
     run: Path, attempt: Attempt, environ: Mapping[str, str], earlier: Sequence[Attempt]
 ) -> Optional[dict[str, Any]]:
     """The fault that ended an attempt, None if no watch named one."""
-    health = run / "health"
     if attempt.launch:
         paths = [fault_path(run, attempt.launch)]
     elif attempt.job:
         # It never got so far as to say its launch's name; the batch script knows all of it but the step's number.
         end = f"-{environ.get('SLURM_RESTART_COUNT', '0')}.json"
-        paths = sorted(health.glob(f"fault-{attempt.job}-*{end}"), reverse=True)
+        paths = sorted((run / "health").glob(f"fault-{attempt.job}-*{end}"), reverse=True)
     else:
-        paths = []
+        paths = list((run / "health").glob("fault-*.json"))
     known = [a.fault["time"] for a in earlier if a.fault]  # a launch name may come again
+    faults = []
     for path in paths:
         try:
             fault = fault_from(path.read_bytes())
         except OSError:
             continue
-        if fault and fault.time not in known and fault.time >= attempt.began - HOUR_SECONDS:
-            return asdict(fault)
-    return None
+        if fault and fault.time not in known and fault.time >= _not_before(attempt):
+            faults.append(fault)
+    if not faults:
+        return None
+    return asdict(faults[0] if attempt.launch or attempt.job else max(faults, key=lambda fault: fault.time))
 
 
-def _pause(attempts: Sequence[Attempt], base: float) -> float:
-    """Seconds before the next start: 0 after the first fault without progress, then base, twice base, ... up to 15 minutes."""
-    fruitless = 0
-    for attempt in reversed(attempts):
-        if not attempt.faulty:
-            break
-        fruitless += 1
-        if attempt.progress:
-            break
-    return 0.0 if fruitless <= 1 else min(base * 2.0 ** min(fruitless - 2, 30), LONGEST_WAIT_SECONDS)
+def _left_at(run: Path, attempt: Attempt, earlier: Sequence[Attempt]) -> float:
+    """When a rank of this attempt wrote that it leaves to be requeued; 0 if none did."""
+    known = [a.left for a in earlier]
+    pattern = f"leaving-{attempt.launch}.json" if attempt.launch else "leaving-*.json"
+    times = [0.0]
+    for path in (run / "health").glob(pattern):
+        try:
+            at = float(json.loads(path.read_bytes())["time"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if at not in known and at >= _not_before(attempt):
+            times.append(at)
+    return max(times)
 
 
-def _same(one: Optional[Mapping[str, Any]], other: Optional[Mapping[str, Any]]) -> bool:
-    """Whether two faults are the same but for the rank, the host and numbers in the text."""
-    if one is None or other is None:
-        return False
-    return _key(one) == _key(other)
-
-
-def _key(fault: Mapping[str, Any]) -> tuple[Any, Any, str]:
-    cause = str(fault.get("cause", "")).replace(str(fault.get("host") or "\0"), "#")
-    cause = re.sub(r"\b0x[0-9a-f]+\b|\d+", "#", cause)
-    return fault.get("kind"), fault.get("step"), cause
-
-
-def _brief(attempt: Attempt) -> str:
-    fault = attempt.fault
-    if not fault:
-        return f"ended with exit code {attempt.code}, and no watch left a word"
-    who = f"rank {fault['rank']} on {fault['host']} " if fault.get("rank") is not None else ""
-    where = f" in phase {fault.get('phase')}" + (f" of {_step(fault['step'])}" if fault.get("step") is not None else "")
-    return f"{who}{fault.get('kind')}{where}: {fault.get('cause')}"
-
-
-def _step(step: Optional[int]) -> str:
-    return "the start" if step is None or step < 0 else f"step {step}"
+def _not_before(attempt: Attempt) -> float:
+    """What is older is of an earlier start: hosts' clocks may differ by an hour. An attempt that never began has ended just now."""
+    return (attempt.began or time.time()) - HOUR_SECONDS
 
 
 def _append(run: Path, values: Mapping[str, Any]) -> None:

@@ -67,6 +67,16 @@ def first_address(nodelist: str, ask: Callable[..., str]) -> str:
     return found[1] if found else node
 
 
+def meeting_address(nodelist: str, ask: Callable[..., str]) -> str:
+    """`first_address`; this host's own name if Slurm does not answer, since the batch script runs on the first node."""
+    try:
+        return first_address(nodelist, ask)
+    except NoStart as error:
+        name = socket.gethostname()
+        print(f"warning: {error}; the ranks meet at this host's own name, {name}", file=sys.stderr, flush=True)
+        return name
+
+
 def ask_slurm(*command: str) -> str:
     """What a command of Slurm's prints, tried again for ASK_SECONDS; NoStart with its own words behind that."""
     deadline = time.monotonic() + ASK_SECONDS
@@ -86,7 +96,7 @@ def main(arguments: list[str]) -> int:
     parent = os.getppid()
     try:
         ports = ports_from(os.environ.get("PALIMPSEST_PORTS", f"{PORTS.start}-{PORTS.stop - 1}"))
-        address = first_address(arguments[0], ask_slurm)
+        address = meeting_address(arguments[0], ask_slurm)
         held = hold_port(candidates(int(os.environ.get("SLURM_JOB_ID", "0")), ports))
     except NoStart as error:
         print(f"error: the ranks have nowhere to meet: {error}", file=sys.stderr)

@@ -52,13 +52,13 @@ def watch(arguments: Sequence[str], command: Optional[Sequence[str]] = None) -> 
         )
     if sys.platform != "linux":
         raise InputError("watch: needs Linux; `train` alone runs without it")
-    before = signal.pthread_sigmask(
-        signal.SIG_BLOCK, SIGNALS
-    )  # from now on they wait until there is somebody to forward them to
+    heard = {number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN} | {signal.SIGCHLD}
+    # From now on they wait until there is somebody to forward them to. What is ignored (HUP under nohup) stays so.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, heard)
     try:
         folder, health = _run_folder(arguments[1:])
         child = command or [sys.executable, "-m", "pretrain", *arguments]
-        return _Watch(child, folder, health, os.environ).run(before)
+        return _Watch(child, folder, health, os.environ, heard).run(before)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -77,7 +77,12 @@ def _run_folder(arguments: Sequence[str]) -> tuple[Optional[Path], HealthConfig]
 
 class _Watch:
     def __init__(
-        self, command: Sequence[str], folder: Optional[Path], health: HealthConfig, environ: Mapping[str, str]
+        self,
+        command: Sequence[str],
+        folder: Optional[Path],
+        health: HealthConfig,
+        environ: Mapping[str, str],
+        heard: set[signal.Signals],
     ):
         environ = {key: value for key, value in environ.items() if key != LAUNCH}
         try:
@@ -88,7 +93,7 @@ class _Watch:
         self.folder = folder
         self.limits = Limits(health.stall_seconds, health.beat_seconds)
         self.own = OwnRank(self.rank, self.world, self.launch)
-        self._command = command
+        self._command, self._heard = command, heard
         self._environ = {**environ, LAUNCH: self.launch, **self.own.environ}
         self._left_at: Optional[float] = None
         self._got: dict[int, float] = {}
@@ -102,7 +107,7 @@ class _Watch:
             self.observer = Observer(folder, self.own, self.limits, self.faults, believe_old=believe_old)
 
     def run(self, mask: set[int]) -> int:
-        """mask: the signals blocked in the child; SIGNALS are blocked in this process."""
+        """mask: the signals blocked in the child; those that are heard are blocked in this process."""
         self.child = Child(self._command, self._environ, self.own.files, mask)
         try:
             if self.folder is not None:
@@ -140,7 +145,7 @@ class _Watch:
 
     def _wait(self, seconds: float) -> None:
         """Until a signal (forwarded at once), the end of the child, or `seconds`."""
-        info = signal.sigtimedwait(SIGNALS, seconds)
+        info = signal.sigtimedwait(self._heard, seconds)
         if info is None or info.si_signo == signal.SIGCHLD:
             return
         number, now = info.si_signo, time.monotonic()
@@ -185,23 +190,28 @@ class _Watch:
             return self._leave(LEAVES)
         words = last_words(self.log, self._log_start)
         if code == MISTAKE:
-            if self.world > 1:
-                self._name(self.own.fault("mistake", words.cause or "a mistake, said in the job's output", MISTAKE))
+            self._name(self.own.fault("mistake", words.cause or "a mistake, said in the job's output", MISTAKE))
             return MISTAKE
-        return self._name(self._cause(code, words)).code
+        found = self._cause(code, words)
+        return self._name(found).code if found else self._leave(LEAVES)
 
-    def _cause(self, code: int, words: LastWords) -> Fault:
-        """What ended the child: its own doing, another rank's, or what another watch has named meanwhile."""
+    def _cause(self, code: int, words: LastWords) -> Optional[Fault]:
+        """What ended the child: its own doing, another rank's, or what another watch has named meanwhile. None: no fault, another
+        rank has left to be requeued.
+        """
         how = how_it_ended(code, self.own.kills[0], memory_kills())
         if code < 0 and -code != signal.SIGABRT:
             return self.own.fault("died", how)
         mine = self.own.fault("died" if code < 0 else "crashed", "; ".join(filter(None, (words.cause, how))))
         if self.world == 1 or (words.cause and not words.follows):
             return mine if words.rank in (None, self.rank) else self._of_other(words)
-        return self._evidence() or mine
+        found = self._evidence()
+        return None if found is None and self.faults.leaving() else found or mine
 
     def _evidence(self) -> Optional[Fault]:
-        """Another rank's end that this one's followed from: named by its watch, or of a rank that vanished with its watch."""
+        """Another rank's end that this one's followed from: named by its watch, or of a rank that vanished with its watch. None at
+        once when another rank has left.
+        """
         patience = EVIDENCE_SECONDS + 0.02 * min(self.rank, 100)
         if 1.5 * self.limits.beat + patience <= LONGEST_EVIDENCE_SECONDS:
             patience += 1.5 * self.limits.beat
@@ -211,6 +221,8 @@ class _Watch:
         while time.monotonic() < until:
             if fault := self.faults.read():
                 return fault
+            if self.faults.leaving():
+                return None
             self._wait(0.5)
         if patience < 1.5 * self.limits.beat:
             return None
@@ -264,7 +276,7 @@ class _Watch:
         if self.child.code() is None:
             self._say(f"rank {self.rank}: asked to leave while the training process could not listen: ended at once")
             self.child.end()
-        if code == LEAVES and self.folder is not None and self.world > 1:
+        if code == LEAVES and self.folder is not None:
             with contextlib.suppress(OSError):
                 self.faults.say_leaving(self.rank)
         return code

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
+import signal
+import subprocess
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +18,10 @@ from data.errors import InputError
 from pretrain.config import Config, HealthConfig, RunConfig
 from pretrain.load_config import save_config
 from pretrain.restart_command import restart
-from pretrain.restarts import Attempt, decide, newest_step, read_attempts, record_attempt
+from pretrain.restart_rules import Attempt, decide
+from pretrain.restarts import ENDED_BY, newest_step, read_attempts, record_attempt
 from pretrain.watch_faults import Fault, FaultFile
+from tests.distributed.launch import ROOT
 
 HEALTH = HealthConfig(max_restarts=4, restart_backoff_seconds=60)
 HOUR = 3600.0
@@ -117,6 +125,64 @@ def test_an_end_without_a_word_counts_as_a_fault():
     assert decision.restart and decision.wait_seconds == 60 and "no watch left a word" in decision.reason
 
 
+def test_the_same_fault_after_progress_is_another_one():
+    """Two starts of a run, weeks apart, that met the same trouble on their way up."""
+    up = fault(kind="crashed", step=None, cause="the ranks did not meet")
+    slots = [(75, 1000 * day, None) for day in range(1, 13)]
+    assert decide(history((76, 0, up), *slots, (76, 12000, up)), HEALTH).restart
+    assert not decide(history((76, 0, up), (75, 0, None), (76, 0, up)), HEALTH).restart
+    assert not decide(history((76, 500, up), (75, 400, None), (76, 400, up)), HEALTH).restart  # rolled back in between
+
+
+def said_by(why, attempts):
+    """The same attempts, ended by `why`."""
+    return [replace(attempt, why=why) for attempt in attempts]
+
+
+@pytest.mark.parametrize("why, restart", [("limit", False), ("", False), ("requeued", True), ("ranks", True)])
+def test_only_the_time_limit_can_be_too_short(why, restart):
+    """A higher job takes nodes whenever it comes."""
+    assert decide(said_by(why, history(*[(75, -1, None)] * 3)), HEALTH).restart == restart
+    slots = said_by("limit", history(*[(75, -1, None)] * 4))
+    assert not decide(slots, HEALTH).restart
+    slots[2] = replace(slots[2], why=why)
+    assert not decide(slots, HEALTH).restart  # what comes in between makes no checkpoint either
+    slots[3] = replace(slots[3], why=why)
+    assert decide(slots, HEALTH).restart == restart
+
+
+def taken_away(count, *, code=None, why="lost", progress=False, hours=1.0, noted=True):
+    """Starts that their host took away; the last one is always noted."""
+    attempts = history(*[(code, 90 + n * progress, None) for n in range(1, count + 1)], hours=hours)
+    attempts = said_by(why, [replace(a, restarts=n, started_at=90 + n * progress) for n, a in enumerate(attempts)])
+    if not noted:
+        attempts[:-1] = [replace(a, ended=0.0, reached=-1, decision="", why="") for a in attempts[:-1]]
+    return attempts
+
+
+@pytest.mark.parametrize("kind", [{}, {"noted": False}, {"code": 75, "why": "node down"}])
+def test_a_run_that_takes_its_node_down_every_time_ends(kind):
+    assert decide(taken_away(HEALTH.max_restarts, **kind), HEALTH).restart
+    decision = decide(taken_away(HEALTH.max_restarts + 1, **kind), HEALTH)
+    assert not decision.restart and "5 of them starts that a host took away" in decision.reason
+    assert decide(taken_away(HEALTH.max_restarts + 2, progress=True, **kind), HEALTH).restart
+    assert decide(taken_away(HEALTH.max_restarts + 1, hours=7, **kind), HEALTH).restart
+    assert decide(taken_away(3, **kind), HEALTH).wait_seconds == 120
+
+
+def test_a_higher_job_may_take_the_nodes_as_often_as_it_likes():
+    assert decide(taken_away(20, code=75, why="requeued"), HEALTH).restart
+
+
+def test_a_stop_that_was_not_honoured_wipes_nothing():
+    """The same job, requeued behind it; a person submits another one."""
+    first, stop, last = history((76, 90, fault()), (76, 90, fault(), "stop"), (76, 90, fault()))
+    first, stop = replace(first, restarts=0), replace(stop, restarts=1)
+    assert not decide([first, stop, replace(last, restarts=2)], HEALTH).restart
+    assert decide([first, stop, replace(last, restarts=0, job="13")], HEALTH).restart
+    assert decide([first, stop, replace(last, restarts=1)], HEALTH).restart  # in an allocation of a person's own
+
+
 ENVIRON = {"SLURM_JOB_ID": "12", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}
 BATCH = {"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "0"}  # what the batch script has, which is in no step
 
@@ -209,3 +275,142 @@ def test_a_run_without_a_config_of_its_own_follows_the_defaults(run):
     (run / "config.yaml").unlink()
     record_attempt(run, world=8, step=0, environ=ENVIRON)
     assert restart(str(run), 75) == 75
+
+
+def requeued(count: int) -> dict[str, str]:
+    return {**BATCH, "SLURM_RESTART_COUNT": str(count)}
+
+
+def test_an_end_that_nobody_noted_is_noted_by_the_next_start(run, monkeypatch, capsys):
+    """The node of the batch script went down: at each start that follows, until that has happened too often."""
+    monkeypatch.setattr("pretrain.restarts.newest_step", lambda folder: 90)
+    for count in range(HEALTH.max_restarts + 2):
+        monkeypatch.setattr("pretrain.restarts.os.environ", {**requeued(count), ENDED_BY: "lost"})
+        monkeypatch.setenv(ENDED_BY, "lost")
+        # The first one ever found nothing to look back at; the last one is refused.
+        assert restart(str(run), 76, wait=False) == (75 if count <= HEALTH.max_restarts else 77)
+        assert len(read_attempts(run)) == count
+        if count != 2:  # that one was gone before it could even say that it began
+            record_attempt(run, world=8, step=90, environ=ENVIRON | requeued(count))
+            assert len(read_attempts(run)) == count + 1
+    assert "ended without a word" in capsys.readouterr().out
+    lost = read_attempts(run)[1]
+    assert (lost.code, lost.why, lost.restarts, lost.decision) == (None, "lost", 1, "restart")
+    assert "?" in (run / "health" / "report.txt").read_text()
+
+
+def test_an_end_that_was_noted_is_not_noted_again(run, monkeypatch):
+    record_attempt(run, world=8, step=0, environ=ENVIRON)
+    assert restart(str(run), 75) == 75
+    before = (run / "health" / "attempts.jsonl").read_bytes()
+    monkeypatch.setattr("pretrain.restarts.os.environ", requeued(1))
+    monkeypatch.setenv(ENDED_BY, "lost")
+    assert restart(str(run), 76) == 75
+    assert (run / "health" / "attempts.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["", "run:\n  dir: runs\n  na", "health: {max_restarts: many}\n", "\0\1"])
+def test_a_config_that_cannot_be_read_ends_no_run(run, content, capsys):
+    (run / "config.yaml").write_text(content)
+    record_attempt(run, world=8, step=0, environ=ENVIRON)
+    assert restart(str(run), 75) == 75
+    if content:
+        assert f"warning: {run / 'config.yaml'} cannot be read" in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_no_run(run, capsys):
+    record_attempt(run, world=8, step=90, environ=ENVIRON)
+    FaultFile(run, "12-0-0", believe_old=True).name(Fault("died", 3, "node1", "step", 100, "", "killed by signal 9"))
+    assert restart(str(run), 76, wait=False) == 75
+    path = run / "health" / "attempts.jsonl"
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = path.read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before), hard))  # no file may grow beyond it
+    try:
+        for _ in range(4):
+            assert restart(str(run), 75) == 75
+        assert restart(str(run), 76, wait=False) == 75
+        fault = json.loads((run / "health" / "fault-12-0-0.json").read_text())
+        (run / "health" / "fault-12-0-0.json").write_text(json.dumps({**fault, "time": fault["time"] + 1}))
+        assert restart(str(run), 76, wait=False) == 77  # the same fault as the one that it could read of
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert path.read_bytes() == before
+    said = capsys.readouterr()
+    assert said.err.count("attempts.jsonl cannot be written (File too large)") == 6
+    assert "goes on, after 60 s: ended with exit code 76" in said.out
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "MASTER_PORT": "29500", "RANK": "0", "WORLD_SIZE": "2"}
+
+
+@pytest.fixture
+def outside(monkeypatch) -> None:
+    """A shell without Slurm, where torchrun is called again and again."""
+    monkeypatch.setattr("pretrain.restarts.os.environ", {})
+
+
+def test_behind_torchrun_a_leaving_rank_is_told_from_a_fault(run, outside):
+    """torchrun ends with 1 whatever its ranks end with, and its starts all have the same name."""
+    for _ in range(3):
+        record_attempt(run, world=2, step=10 * len(read_attempts(run)), environ=TORCHRUN)
+        FaultFile(run, "none-0-29500", believe_old=False).say_leaving(1)
+        assert restart(str(run), 1, wait=False) == 75
+        assert read_attempts(run)[-1].code == 75
+    record_attempt(run, world=2, step=90, environ=TORCHRUN)
+    assert restart(str(run), 1, wait=False) == 75
+    assert read_attempts(run)[-1].code == 1  # the leaving file that lies there is the last start's
+    record_attempt(run, world=2, step=90, environ=TORCHRUN)
+    files = FaultFile(run, "none-0-29500", believe_old=False)
+    files.say_leaving(1)
+    files.name(Fault("died", 1, "node1", "step", 100, "train_step", "killed by signal 9"))
+    assert restart(str(run), 1, wait=False) == 75
+    assert read_attempts(run)[-1].code == 1 and read_attempts(run)[-1].fault["kind"] == "died"
+
+
+def test_behind_torchrun_a_mistake_before_the_run_began_is_a_mistake(run, outside):
+    FaultFile(run, "none-0-29500", believe_old=False).name(Fault("mistake", 1, "node1", cause="no shards", code=2))
+    assert restart(str(run), 1) == 2
+    (run / "health" / "attempts.jsonl").unlink()
+    old = run / "health" / "fault-none-0-29500.json"
+    old.write_text(json.dumps({**json.loads(old.read_text()), "time": time.time() - 2 * HOUR}))
+    assert restart(str(run), 1, wait=False) == 75  # what lies there is of another time
+
+
+def test_a_signal_waits_until_the_end_is_noted_and_then_ends_the_pause(run):
+    """Started deaf, as by slurm/job.sh, and not. Writing takes a while here."""
+    record_attempt(run, world=8, step=90, environ=ENVIRON)
+    code = (
+        "import signal, sys, time; from pretrain import restart_command as c, restarts\n"
+        "append = restarts._append\n"
+        "def slow(*words): print('noting', flush=True); time.sleep(1.5); append(*words)\n"
+        "restarts._append = slow\n"
+        "sys.exit(c.restart(sys.argv[1], 1))"
+    )
+    environ = {**os.environ, **BATCH}
+    for attempt, trap in (
+        (1, "trap '' TERM USR1;"),
+        (2, "trap '' TERM USR1;"),
+        (3, ""),
+    ):  # a pause of 0 s, of 60 s, of 120 s
+        began = time.monotonic()
+        process = subprocess.Popen(
+            ["bash", "-c", f'{trap} exec "$@"', "bash", sys.executable, "-c", code, str(run)],
+            cwd=ROOT,
+            env=environ,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout and process.stdout.readline() == "noting\n"
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            process.send_signal(number)
+        if trap:
+            assert "goes on" in process.stdout.readline()
+        else:
+            assert process.wait(10) in (-signal.SIGTERM, -signal.SIGUSR1)
+        assert len([a for a in read_attempts(run) if a.ended]) == attempt
+        while process.poll() is None and attempt == 2:
+            process.send_signal(signal.SIGUSR1)
+            time.sleep(0.1)
+        assert not trap or process.wait(10) == (75 if attempt == 1 else -signal.SIGUSR1)
+        assert time.monotonic() - began < 30

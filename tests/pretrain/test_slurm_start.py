@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from data.errors import InputError
 from pretrain.slurm_cell import cell
-from pretrain.slurm_start import NoStart, candidates, first_address, hold_port, ports_from
+from pretrain.slurm_start import NoStart, candidates, first_address, hold_port, meeting_address, ports_from
 from tests.distributed.launch import ROOT, free_port
 
 
@@ -71,6 +71,17 @@ def test_the_address_is_slurms_own_of_the_first_node():
         ("scontrol", "--oneliner", "show", "node", "n3"): "NodeName=n3 Arch=x86_64 NodeAddr=10.0.0.3 NodeHostName=n3\n",
     }
     assert first_address("n[3-4]", lambda *command: answers[command]) == "10.0.0.3"
+
+
+def test_without_slurms_answer_the_ranks_meet_at_this_hosts_own_name(capsys):
+    """The batch script, and so this helper, runs on the first node."""
+
+    def away(*command: str) -> str:
+        raise NoStart("scontrol: Unable to contact slurm controller")
+
+    assert meeting_address("n[3-4]", away) == socket.gethostname()
+    assert "Unable to contact slurm controller; the ranks meet at this host's own name" in capsys.readouterr().err
+    assert meeting_address("n3", lambda *command: "n3\n") == "n3"
 
 
 def test_the_helper_holds_the_port_until_its_parent_ends(tmp_path):

@@ -18,6 +18,8 @@ import psutil
 import pytest
 
 from pretrain.heartbeat import Record, read_published
+from pretrain.restart_command import restart
+from pretrain.restarts import read_attempts
 from tests.distributed.launch import ROOT, environment, meeting_port
 
 STALL, BEAT = 4.0, 0.5
@@ -289,6 +291,46 @@ def test_a_rank_that_leaves_is_followed_within_bounds_and_is_no_fault(start):
     ranks = start(2, "alone,1:leave:50,0:sleep:50")
     assert ranks.codes() == [75, 75], ranks.output()
     assert not ranks.left() and not list((ranks.folder / "health").glob("fault-*"))
+
+
+def test_a_rank_that_fails_because_another_one_has_left_is_no_fault(start):
+    """A second signal ends a rank at once: the others lose it in the middle of a collective."""
+    ranks = start(2, "1:leave:200", stall=60)  # nobody is taken for stalled meanwhile
+    first = ranks.trains(0).pid
+    os.kill(ranks.watches[1].pid, signal.SIGSTOP)  # it says so only when rank 0 is looked after already
+    ranks.wait_for(lambda: gone(first))
+    time.sleep(0.7)
+    os.kill(ranks.watches[1].pid, signal.SIGCONT)
+    assert ranks.codes() == [75, 75], ranks.output()
+    assert not ranks.left() and not list((ranks.folder / "health").glob("fault-*"))
+
+
+@pytest.mark.parametrize(
+    "faults, code, file", [("leave", 75, "leaving"), ("mistake", 2, "fault"), ("raise", 76, "fault")]
+)
+def test_a_world_of_one_leaves_the_same_files_for_restart(start, faults, code, file):
+    ranks = start(1, f"alone,0:{faults}:5")
+    assert ranks.codes() == [code], ranks.output()
+    (found,) = (ranks.folder / "health").glob(f"{file}-pid-{ranks.watches[0].pid}.json")
+    # What torchrun makes of every code but 0 is 1.
+    assert restart(str(ranks.folder), 1, wait=False) == (75 if code == 76 else code)
+    assert read_attempts(ranks.folder)[-1].code == (1 if code == 76 else code)
+    assert json.loads(found.read_text()).get("kind", "leaves") == {75: "leaves", 2: "mistake", 76: "crashed"}[code]
+
+
+def test_a_signal_that_is_ignored_from_outside_stays_ignored(start):
+    """nohup: the terminal goes, training does not."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        ranks = start(1, "alone")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    step = ranks.trains(0).step or 0
+    ranks.watches[0].send_signal(signal.SIGHUP)
+    ranks.trains(0, step + 200)
+    assert ranks.watches[0].poll() is None
+    ranks.watches[0].send_signal(signal.SIGUSR1)
+    assert ranks.codes() == [75], ranks.output()
 
 
 def test_signals_reach_training_and_one_that_still_starts_is_ended_at_once(start):

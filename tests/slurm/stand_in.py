@@ -7,7 +7,8 @@ A submitted folder whose code/pretrain/__main__.py is this file runs it. config.
     ignore            signals do nothing
 `watch train`: rank 0 listens where all ranks are told to meet, takes the steps, and notes each as a line of steps.jsonl; every
 rank notes the signals that it gets in signals.txt. `restart`: 75 stays 75, and so does every end that is no 0 and no 2, as
-the real one decides for a first fault; told.txt notes what it was asked.
+the real one decides for a first fault, unless a file `decision` in the run folder says a code; told.txt notes what it was asked
+and what had ended the start, looked-back.txt a question after an end that nobody noted.
 """
 
 from __future__ import annotations
@@ -81,8 +82,10 @@ def train(config: Path) -> int:
 
 
 def restart(run: Path, code: int) -> int:
-    note(run / "told.txt", code, os.environ.get("PALIMPSEST_LAUNCH"))
-    return code if code in (0, 2) else 75
+    why = os.environ["PALIMPSEST_ENDED_BY"]
+    note(run / ("looked-back.txt" if why == "lost" else "told.txt"), code, why)
+    decision = run / "decision"
+    return code if code in (0, 2) else int(decision.read_text()) if decision.exists() else 75
 
 
 def main(arguments: list[str]) -> int:

@@ -60,7 +60,7 @@ def test_a_job_that_is_done_ends_with_0_and_is_not_started_again(lab, tmp_path, 
     job = submit(lab, run, "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=2", "--nodelist=n3,n4")
     assert job.finish(60) == "COMPLETED"
     assert job.field("Restarts") == "0" and once_each(run) and len(run.steps()) == 5
-    assert run.lines("told.txt") == [f"0 {job.number}-0-0"]
+    assert run.lines("told.txt") == ["0 ranks"]
     address, port, *_ = run.lines("meetings.txt")[0].split()
     assert address == "127.0.0.1" and 20000 <= int(port) < 30000
 
@@ -110,7 +110,7 @@ def test_a_second_request_to_leave_is_not_passed_on_twice(lab, tmp_path, near_th
     assert job.finish(30) == "CANCELLED"
     assert asked_once(run, "SIGHUP")
     assert "the ranks ended with code 75" in job.said()  # it has waited for them to save
-    assert once_each(run) and run.lines("told.txt")[0] == f"75 {job.number}-0-0"
+    assert once_each(run) and run.lines("told.txt")[0] == "75 limit"
 
 
 def test_scancel_ends_it_for_good(lab, tmp_path, near_the_limit):
@@ -134,7 +134,18 @@ def test_scontrol_requeue_by_a_person_starts_it_again_once(lab, tmp_path, near_t
     job.wait(40, lambda: run.steps_of(1), "a second start")
     assert job.finish(60) == "COMPLETED"
     assert job.field("Restarts") == "1" and once_each(run)
-    assert [line.split()[0] for line in run.lines("told.txt")] == ["75", "0"]
+    assert run.lines("told.txt") == ["75 requeued", "0 ranks"]
+
+
+def test_what_slurm_requeued_ends_if_it_is_not_to_be_started_again(lab, tmp_path, near_the_limit):
+    run = stand_in(tmp_path, **LONG)
+    (run.folder.parents[1] / "decision").write_text("77")
+    job = submit(lab, run, "--nodelist=n3,n4")
+    job.wait(30, lambda: len(run.steps()) > 3, "a few steps")
+    lab.ask("scontrol", "requeue", job.number)
+    assert job.finish(30) == "CANCELLED"
+    assert run.lines("told.txt") == ["75 requeued"] and not run.steps_of(1)
+    assert "taken out of the queue" in job.said()
 
 
 def test_the_ranks_are_asked_to_leave_before_the_limit_and_the_job_goes_on(lab, near_the_limit):
@@ -145,7 +156,8 @@ def test_the_ranks_are_asked_to_leave_before_the_limit_and_the_job_goes_on(lab, 
     assert job.finish(30) == "CANCELLED"
     assert asked_once(run, "SIGUSR1")
     assert job.said().split("start 1 of")[0].count("the time limit is near") == 1
-    assert once_each(run) and run.lines("told.txt")[0] == f"75 {job.number}-0-0"
+    assert once_each(run) and run.lines("told.txt")[0] == "75 limit"
+    assert run.lines("looked-back.txt")[0] == "76 lost"
 
 
 @pytest.mark.fault(
@@ -178,7 +190,7 @@ def test_a_node_that_goes_down_costs_one_start_and_nothing_else(lab, tmp_path):
         assert last not in lab.ask("scontrol", "show", "hostnames", job.field("NodeList")).splitlines()
         assert job.finish(60) == "COMPLETED"
         assert job.field("Restarts") == "1" and once_each(run)
-        assert [line.split()[0] for line in run.lines("told.txt")] == ["75", "0"]
+        assert run.lines("told.txt") == ["75 node down", "0 ranks"]
     finally:
         lab.ask("scontrol", "update", f"NodeName={last}", "State=RESUME")
 
@@ -195,6 +207,7 @@ def test_a_higher_job_takes_the_nodes_within_the_grace_time_and_gives_them_back(
     urgent = submit(lab, high, "--nodes=4", "--gpus-per-node=2", "--partition=urgent")
     assert urgent.finish(60) == "COMPLETED"
     job.wait(60, lambda: low.steps_of(1) > 3, "a second start")
+    assert low.lines("told.txt")[0] in ("75 ranks", "75 requeued")  # no time limit's doing
     assert job.field("Restarts") == "1" and once_each(low)
     lab.ask("scancel", job.number)
     job.finish(30)
