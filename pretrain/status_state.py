@@ -137,7 +137,7 @@ def _ended(found: Records, end: Mapping[str, Any], fault: Optional[Fault], done:
     if code in (0, 75):
         asked = "asked to leave" if code == 75 else "done, short of train.steps"
         return State(STOPPED, f"ended {ago} ago: {asked} (exit code {code}){then}", launch)
-    said = fault.sentence() if fault else f"exit code {code}"
+    said = fault.sentence() if fault else "ended without a word" if code is None else f"exit code {code}"
     return State(FAULT, f"{said}; ended {ago} ago{then}", launch)
 
 
