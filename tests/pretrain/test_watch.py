@@ -222,6 +222,7 @@ def test_a_rank_that_sleeps_is_named_as_behind_and_its_offspring_ends_with_it(st
     happens="named as silent; its stack is read from outside",
     lost="the steps since the newest complete checkpoint, which the next start takes again",
 )
+@pytest.mark.parity
 def test_native_code_that_keeps_the_lock_is_found_and_its_stack_is_seen(start):
     ranks = start(2, "1:hold:5")
     fault = ended_together(ranks, 76)
@@ -235,6 +236,7 @@ def test_native_code_that_keeps_the_lock_is_found_and_its_stack_is_seen(start):
     happens="its rank dies with it; the others name it and end",
     lost="the steps since the newest complete checkpoint, which the next start takes again",
 )
+@pytest.mark.parity
 def test_a_watch_that_is_killed_takes_its_rank_along_and_the_others_find_out(start):
     ranks = start(2, stall=60)  # found by the lost connection, long before anybody has waited too long
     ranks.trains(0)
@@ -253,6 +255,7 @@ def test_a_watch_that_is_killed_takes_its_rank_along_and_the_others_find_out(sta
     happens="another watch judges",
     lost="the steps since the newest complete checkpoint, which the next start takes again",
 )
+@pytest.mark.parity
 def test_without_rank_zeros_watch_another_one_judges(start):
     ranks = start(2, "alone,0:sleep:60,1:sleep:50")
     ranks.trains(0)
@@ -293,6 +296,7 @@ def test_a_rank_that_leaves_is_followed_within_bounds_and_is_no_fault(start):
     assert not ranks.left() and not list((ranks.folder / "health").glob("fault-*"))
 
 
+@pytest.mark.parity
 def test_a_rank_that_fails_because_another_one_has_left_is_no_fault(start):
     """A second signal ends a rank at once: the others lose it in the middle of a collective."""
     ranks = start(2, "1:leave:200", stall=60)  # nobody is taken for stalled meanwhile
