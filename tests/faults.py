@@ -81,11 +81,11 @@ def main() -> int:
     if missing := [test for test in tests if test not in passed]:
         print("faults: no result of\n  " + "\n  ".join(missing) + "\nrun them first (make faults)", file=sys.stderr)
         return 1
-    groups: dict[str, list[Record]] = {}
+    groups: dict[tuple[str, str], list[Record]] = {}
     for test in tests:
-        groups.setdefault(test.partition("[")[0], []).append(passed[test])
+        groups.setdefault((test.partition("[")[0], passed[test].fault), []).append(passed[test])
     PAGE.write_text(HEAD + "\n".join(row(records) for records in groups.values()) + "\n")
-    print(f"{PAGE.relative_to(ROOT)}: {len(groups)} tests of faults, {len(tests)} cases")
+    print(f"{PAGE.relative_to(ROOT)}: {len(groups)} faults, {len(tests)} cases")
     return 0
 
 
