@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install install-dev quickstart test parity faults faults-page slurm-lab slurm-lab-down test-slurm lint bench-loss bench-engines bench-checkpoint bench-data objectives clean
+.PHONY: help install install-dev quickstart test parity parity-of-ranks faults faults-page slurm-lab slurm-lab-down test-slurm lint bench-loss bench-engines bench-checkpoint bench-data objectives clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -41,6 +41,11 @@ test: install-dev                 ## the tests; `make parity` runs the heavier o
 parity: install-dev              ## every parity cell and planted fault, the heavier proofs; rewrites docs/parity.md
 	$(BIN)/python -m tests.distributed.parity_table
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m parity -n 2 --dist loadfile --ignore tests/distributed --ignore tests/slurm
+	$(BIN)/python -m pytest -m parity tests/distributed
+
+# What of it fits into a check of every change: all cells, a quarter of the planted faults, the proofs on several ranks.
+parity-of-ranks: install-dev
+	$(BIN)/python -m tests.distributed.parity_table --every 4
 	$(BIN)/python -m pytest -m parity tests/distributed
 
 # The lab is started by slurm-lab and stays until slurm-lab-down: its tests are part of `make test` where it runs.

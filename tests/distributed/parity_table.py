@@ -1,7 +1,10 @@
-"""python -m tests.distributed.parity_table: runs the whole parity matrix with all planted faults and writes docs/parity.md."""
+"""python -m tests.distributed.parity_table [--every N]: runs the whole parity matrix with all planted faults and writes
+docs/parity.md; with N > 1 only every N-th planted fault, and the page stays as it is.
+"""
 
 from __future__ import annotations
 
+import argparse
 import platform
 import sys
 from collections.abc import Sequence
@@ -94,12 +97,16 @@ def _say(outcome: Outcome) -> None:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--every", type=int, default=1)
+    every = max(parser.parse_args().every, 1)
     list_mutants()
     cells = run_cells([(cell, None) for cell in CELLS], heard=_say)
     print(cell_table(cells), flush=True)
-    faults = run_cells(all_faults(CELLS), heard=_say)
+    faults = run_cells(all_faults(CELLS)[::every], heard=_say)
     print(fault_table(faults), flush=True)
-    PAGE.write_text(page(cells, faults))
+    if every == 1:
+        PAGE.write_text(page(cells, faults))
     broken = [outcome.cell.name for outcome in cells if outcome.wrong]
     survived = [
         f"{outcome.mutant} in {outcome.cell.name}"
