@@ -240,20 +240,18 @@ class _Run:
     def _agree_on(self, verdict: Verdict) -> Verdict:
         """The worst that any rank makes of this step, and whether any was asked to leave. Behind the last step nothing is left."""
         self._doing("agreeing")
-        asked = self.preemption is not None and self.preemption.asked is not None and self.step + 1 < self.stop
+        asked = self.preemption.asked if self.preemption and self.step + 1 < self.stop else None
         if asked:
-            assert self.preemption is not None
-            self.record.say_here(f"{self.preemption.asked} came: asking all ranks to leave behind step {self.step + 1}")
-        worst, leaving = largest_over_ranks((int(verdict), int(asked)), self.mesh)
+            self.record.say_here(f"{asked} came: asking all ranks to leave behind step {self.step + 1}")
+        worst, leaving = largest_over_ranks((int(verdict), int(bool(asked))), self.mesh)
         self.leaving = bool(leaving)
         return Verdict(worst)
 
     def _compare_copies(self) -> None:
         """CorruptionError if anything that must be equal over ranks is not."""
         if self.copies and not self.copies.remembers:  # else this step's have been compared
-            self.heart.beat(
-                "save", self.step, "comparing copies"
-            )  # behind validation and samples, like the save it precedes
+            # Behind validation and samples, like the save that it precedes.
+            self.heart.beat("save", self.step, "comparing copies")
             self.profile.mark("comparing copies")
             findings = self.copies.compare_copies()
             require_none(findings)
