@@ -23,7 +23,7 @@ from pretrain.flops import flops_per_token  # noqa: E402
 from pretrain.load_config import load_config  # noqa: E402
 from pretrain.model import model_shape  # noqa: E402
 from pretrain.objective import row_length  # noqa: E402
-from pretrain.tracking import read_metrics  # noqa: E402
+from pretrain.tracking.store import read_metrics  # noqa: E402
 
 CONFIG = str(ROOT / "configs" / "quickstart.yaml")
 RUNS: dict[str, list[str]] = {

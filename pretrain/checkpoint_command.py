@@ -28,7 +28,7 @@ from parallel.checkpoint_reader import (
 )
 from parallel.errors import CheckpointError
 from parallel.shape import ModelShape, parameter_table
-from pretrain.trouble import describe as describe_trouble
+from pretrain.loop.trouble import describe as describe_trouble
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 

@@ -44,8 +44,8 @@ def _data(arguments: Sequence[str]) -> int:
 
 def _train(arguments: Sequence[str]) -> int:
     from pretrain import load_config
-    from pretrain.preemption import Preemption
-    from pretrain.profiling import profile_options
+    from pretrain.loop.preemption import Preemption
+    from pretrain.loop.profiling import profile_options
 
     parser = load_config.config_parser("train: trains a model, or goes on training in an existing run folder")
     parser.add_argument("--profile", nargs="?", const="", help=PROFILE)
@@ -61,7 +61,7 @@ def _watch(arguments: Sequence[str]) -> int:
     if arguments and arguments[0] in ("-h", "--help"):
         print(WATCH)
         return 0
-    from pretrain.watch import watch
+    from pretrain.watching.watch import watch
 
     return watch(arguments)
 
@@ -73,13 +73,13 @@ def _restart(arguments: Sequence[str]) -> int:
     parser.add_argument("--no_wait", type=bool, default=False, help="only say the pause, do not sit it out")
     parser.add_argument("--config", default="", help="file to take `health` from instead of RUN/config.yaml")
     values = parse(parser, "restart", flag(flag(arguments, "--no-wait"), "--no_wait"))
-    from pretrain.restart_command import restart
+    from pretrain.watching.restart_command import restart
 
     return restart(values.run, values.code, wait=not values.no_wait, config=values.config)
 
 
 def _submit(arguments: Sequence[str]) -> int:
-    from pretrain.submit import submit
+    from pretrain.submission.submit import submit
 
     return submit(arguments)
 
@@ -92,7 +92,7 @@ def _status(arguments: Sequence[str]) -> int:
         "--watch", type=float, default=0.0, help="seconds between two looks, until Ctrl-C (0: one look)"
     )
     values = parse(parser, "status", arguments)
-    from pretrain.status import status
+    from pretrain.status.command import status
 
     return status(values.path, values.json, values.watch)
 
@@ -107,7 +107,7 @@ def _logs(arguments: Sequence[str]) -> int:
     parser.add_argument("--follow", type=bool, default=False, help="go on with what comes, until Ctrl-C")
     parser.add_argument("--start", default="", help="only that start of the run, by its name, or `last`")
     values = parse(parser, "logs", flag(arguments, "--follow"))
-    from pretrain.logs import logs
+    from pretrain.logs.command import logs
 
     return logs(
         values.run,
@@ -121,14 +121,14 @@ def _logs(arguments: Sequence[str]) -> int:
 
 
 def _sample(arguments: Sequence[str]) -> int:
-    from pretrain.sample import SampleOptions, sample
+    from pretrain.sampling.command import SampleOptions, sample
 
     sample(options(SampleOptions, "sample", arguments))
     return 0
 
 
 def _evaluate(arguments: Sequence[str]) -> int:
-    from pretrain.evaluate_command import EvaluateOptions, evaluate
+    from pretrain.evaluation.command import EvaluateOptions, evaluate
 
     return evaluate(options(EvaluateOptions, "evaluate", arguments))
 
@@ -154,7 +154,7 @@ def _track(arguments: Sequence[str]) -> int:
     values = parse(parser, "track sync", arguments[1:])
     if bool(values.run) == bool(values.all):
         raise InputError("track sync: give --run FOLDER, or --all FOLDER for every run below it")
-    from pretrain.track_sync import sync, sync_all
+    from pretrain.tracking.sync import sync, sync_all
 
     if values.all:
         sync_all(values.all, values.uri)
@@ -191,7 +191,7 @@ def _doctor(arguments: Sequence[str]) -> int:
     parser = parser_of("doctor: what this machine has and lacks")
     parser.add_argument("--json", help="also write the findings to this file")
     values = parse(parser, "doctor", arguments)
-    from pretrain.doctor import doctor
+    from pretrain.doctor.command import doctor
 
     return doctor(values.json)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from data.errors import InputError
-from pretrain.tracking import read_metrics
+from pretrain.tracking.metric_log import read_metrics
 
 
 def plot(run: str, output: str = "") -> Path:

@@ -25,10 +25,10 @@ from parallel.shape import ModelShape, parameter_table
 from pretrain.check_values import check_values
 from pretrain.config import Config
 from pretrain.load_config import to_dict
+from pretrain.loop.stream_position import StreamPosition, go_on
 from pretrain.lr_schedule import check_schedule
 from pretrain.model import model_shape, parallel_layout
 from pretrain.objective import row_length
-from pretrain.stream_position import StreamPosition, go_on
 from pretrain.training_data import TrainingData, check_enough, open_set, open_training_data
 
 HOLD_SECONDS = 60.0  # longest wait, in a start behind the first, for what a dead node held

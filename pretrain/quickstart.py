@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from pretrain.load_config import load_config
-from pretrain.tracking import read_metrics, tracking_uri
+from pretrain.tracking.metric_log import read_metrics
+from pretrain.tracking.store import tracking_uri
 
 CONFIG = "configs/quickstart.yaml"
 RANKS = 2

@@ -17,30 +17,30 @@ from parallel.corruption import CorruptionCheck, require_none
 from parallel.engine import AdamWOptions, Engine
 from parallel.engines import build_engine
 from parallel.mesh import Mesh, build_mesh, world_from_environment
-from pretrain.broken_step import find_broken
 from pretrain.config import Config
-from pretrain.feed import Feed, Step
-from pretrain.first_failure import failing_together
-from pretrain.heartbeat import Heartbeat, collective_counts
-from pretrain.launch import launch_name
 from pretrain.load_config import to_dict
+from pretrain.loop.broken_step import find_broken
+from pretrain.loop.feed import Feed, Step
+from pretrain.loop.preemption import ASKS_FOR_REQUEUE, Preemption
+from pretrain.loop.profiling import OFF, ProfileOptions, Profiling, profiler_for
+from pretrain.loop.reports import Reports
+from pretrain.loop.roll_back import restore, roll_back
+from pretrain.loop.run_record import RunRecord, greeting
+from pretrain.loop.saving import Saving
+from pretrain.loop.spikes import Verdict
+from pretrain.loop.throughput import Throughput
+from pretrain.loop.trouble import Action, Trouble
 from pretrain.lr_schedule import learning_rate
 from pretrain.metrics import largest_over_ranks, sum_over_ranks, token_sums, train_metrics
 from pretrain.model import build_chunks, parallel_layout
 from pretrain.objective import row_length, row_loss_of
-from pretrain.preemption import ASKS_FOR_REQUEUE, Preemption
 from pretrain.preflight import Plan, hold, preflight
-from pretrain.profiling import OFF, ProfileOptions, Profiling, profiler_for
-from pretrain.rank_log import RankLog
-from pretrain.reports import Reports
-from pretrain.restarts import record_attempt
-from pretrain.roll_back import restore, roll_back
-from pretrain.run_record import RunRecord, greeting
-from pretrain.saving import Saving
-from pretrain.spikes import Verdict
-from pretrain.stacks import register_stack_dump
-from pretrain.throughput import Throughput
-from pretrain.trouble import Action, Trouble
+from pretrain.watching.first_failure import failing_together
+from pretrain.watching.heartbeat import Heartbeat, collective_counts
+from pretrain.watching.launch import launch_name
+from pretrain.watching.rank_log import RankLog
+from pretrain.watching.restarts import record_attempt
+from pretrain.watching.stacks import register_stack_dump
 
 
 def train(config: Config, preemption: Optional[Preemption] = None, profile: Optional[ProfileOptions] = None) -> int:

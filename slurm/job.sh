@@ -126,7 +126,7 @@ use_code() {
 
 # Where the ranks meet: this node, where rank 0 will be, and a port that the helper holds until this script ends.
 meet() {
-  exec {meeting}< <(exec "$python" -m pretrain.slurm_start "$SLURM_JOB_NODELIST")
+  exec {meeting}< <(exec "$python" -m pretrain.submission.slurm_start "$SLURM_JOB_NODELIST")
   interrupted=''
   until read -r -t 150 MASTER_ADDR MASTER_PORT <&"$meeting"; do
     if [[ -z $interrupted ]]; then

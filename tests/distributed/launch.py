@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pretrain.slurm_start import candidates, hold_port
+from pretrain.submission.slurm_start import candidates, hold_port
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -14,7 +14,7 @@ from data.masking import MaskingOptions
 from data.shard_set import ShardSet
 from data.stream import BlockStream
 from parallel.mesh import build_mesh, leave
-from pretrain.bad_shards import BadShards
+from pretrain.loop.bad_shards import BadShards
 from pretrain.training_data import TrainingData
 
 LENGTH, GLOBAL, STEPS = 32, 16, 6

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from data.errors import InputError, ShardError
 from parallel.errors import CheckpointError
 from parallel.mesh import build_mesh
-from pretrain.first_failure import failing_together
+from pretrain.watching.first_failure import failing_together
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.metric_log import MetricLog
+from pretrain.tracking.metric_log import MetricLog
 
 START_SECONDS = 120.0
 
@@ -161,7 +161,7 @@ def stored(uri: str, run_id: str, name: str) -> list[tuple[int, int, float]]:
 
 def spooled(folder: Path, name: str) -> list[tuple[int, int, float]]:
     """The same of metrics.jsonl."""
-    from pretrain.metric_log import read_metrics
+    from pretrain.tracking.metric_log import read_metrics
 
     return [(line["step"], int(line["time"] * 1000), line[name]) for line in read_metrics(folder) if name in line]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Optional
 
 from pretrain.config import Config
-from pretrain.heartbeat import PUBLISHED_BYTES, rank_path, write_in_place
 from pretrain.load_config import save_config
-from pretrain.watch_faults import Fault, fault_path
+from pretrain.watching.faults import Fault, fault_path
+from pretrain.watching.heartbeat import PUBLISHED_BYTES, rank_path, write_in_place
 
 NOW = 1_800_000_000.0
 LAUNCH = "77-0-0"

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from pretrain.config import HealthConfig
-from pretrain.metric_log import read_metrics
-from pretrain.spikes import SpikeDetector
+from pretrain.loop.spikes import SpikeDetector
+from pretrain.tracking.metric_log import read_metrics
 
 
 def main() -> None:

@@ -248,7 +248,7 @@ def test_an_existing_run_is_not_continued_with_another_model_stream_or_objective
     capsys, corpus, tmp_path
 ):
     from pretrain.load_config import load_config, to_dict
-    from pretrain.stream_position import BLOCK_KEYS, MODEL_KEYS, SAMPLE_KEYS
+    from pretrain.loop.stream_position import BLOCK_KEYS, MODEL_KEYS, SAMPLE_KEYS
 
     assert set(CHANGED) == {*MODEL_KEYS, *BLOCK_KEYS, *SAMPLE_KEYS} - {"data.shards"}
     command = arguments(corpus, tmp_path, "r")

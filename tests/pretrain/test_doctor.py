@@ -14,12 +14,11 @@ import pytest
 
 from data.errors import InputError
 from parallel.apex_support import ApexStatus
-from pretrain import doctor as module
-from pretrain import doctor_checks as checks
-from pretrain import doctor_probes as probes
-from pretrain.doctor import Finding, doctor, print_doctor, run_checks, run_doctor
-from pretrain.doctor_checks import Machine, pinned_versions
-from pretrain.doctor_probes import REPOSITORY, link_kinds
+from pretrain.doctor import checks, probes
+from pretrain.doctor import command as module
+from pretrain.doctor.checks import Machine, pinned_versions
+from pretrain.doctor.command import Finding, doctor, print_doctor, run_checks, run_doctor
+from pretrain.doctor.probes import REPOSITORY, link_kinds
 
 PINS = pinned_versions(REPOSITORY / "requirements.txt")
 

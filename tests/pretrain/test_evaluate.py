@@ -19,12 +19,12 @@ import torch
 from data.shard_set import ShardSet
 from parallel.row_losses import row_loss
 from pretrain.cli import execute
-from pretrain.evaluate import evaluate_blocks
-from pretrain.evaluated_run import EvaluatedRun, score_together
-from pretrain.likelihood import LikelihoodOptions, Request
-from pretrain.ratio import Estimate, ratio
-from pretrain.text_pairs import encode_pair, text_start
-from pretrain.validation import Validation, loss_and_tokens
+from pretrain.evaluation.evaluate import evaluate_blocks
+from pretrain.evaluation.evaluated_run import EvaluatedRun, score_together
+from pretrain.evaluation.likelihood import LikelihoodOptions, Request
+from pretrain.evaluation.ratio import Estimate, ratio
+from pretrain.evaluation.text_pairs import encode_pair, text_start
+from pretrain.evaluation.validation import Validation, loss_and_tokens
 from tests.distributed.launch import run as launch
 from tests.pretrain.evaluated_case import MODEL, make_run, write_tasks
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from pretrain.rank_log import log_path
+from pretrain.watching.rank_log import log_path
 from tests.distributed.launch import start
 
 

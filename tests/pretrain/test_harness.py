@@ -20,11 +20,11 @@ from lm_eval.api.registry import get_model  # noqa: E402
 
 from data.errors import InputError  # noqa: E402
 from pretrain.cli import execute  # noqa: E402
-from pretrain.evaluated_run import EvaluatedRun, score_together  # noqa: E402
-from pretrain.harness_model import PalimpsestLM  # noqa: E402
-from pretrain.likelihood import LikelihoodOptions, Request  # noqa: E402
-from pretrain.sampler import SamplingOptions, generate  # noqa: E402
-from pretrain.text_pairs import encode_pair  # noqa: E402
+from pretrain.evaluation.evaluated_run import EvaluatedRun, score_together  # noqa: E402
+from pretrain.evaluation.harness_model import PalimpsestLM  # noqa: E402
+from pretrain.evaluation.likelihood import LikelihoodOptions, Request  # noqa: E402
+from pretrain.evaluation.text_pairs import encode_pair  # noqa: E402
+from pretrain.sampling.sampler import SamplingOptions, generate  # noqa: E402
 from tests.pretrain.evaluated_case import CHOICES, QUESTIONS, STARTS, TASKS, TEXTS, make_run, write_tasks  # noqa: E402
 
 LENGTH = 24

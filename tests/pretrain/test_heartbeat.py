@@ -13,9 +13,17 @@ import time
 
 import pytest
 
-from pretrain import heartbeat as module
-from pretrain.heartbeat import HEARTBEAT, RECORD_BYTES, Heartbeat, rank_path, read_local, read_published, write_in_place
-from pretrain.launch import LAUNCH, launch_name, never_used_before, rank_and_world
+from pretrain.watching import heartbeat as module
+from pretrain.watching.heartbeat import (
+    HEARTBEAT,
+    RECORD_BYTES,
+    Heartbeat,
+    rank_path,
+    read_local,
+    read_published,
+    write_in_place,
+)
+from pretrain.watching.launch import LAUNCH, launch_name, never_used_before, rank_and_world
 from tests.distributed.launch import ROOT, environment
 
 
@@ -31,7 +39,7 @@ def memory(tmp_path, monkeypatch):
 WRITER = """
 import os, sys
 from pathlib import Path
-from pretrain.heartbeat import PHASES, Heartbeat
+from pretrain.watching.heartbeat import PHASES, Heartbeat
 heart = Heartbeat(Path(sys.argv[1]), 0, 1, publish_seconds=3600)
 step = 0
 print("ready", flush=True)
@@ -218,7 +226,8 @@ def test_the_launch_is_known_without_talking(environ, name, rank, unique):
 
 def test_nothing_that_a_watch_needs_imports_torch():
     code = (
-        "import sys, pretrain.watch, pretrain.restart_command, pretrain.load_config, pretrain.heartbeat\n"
+        "import sys, pretrain.load_config\n"
+        "from pretrain.watching import heartbeat, restart_command, watch\n"
         "found = {'torch', 'numpy', 'megatron', 'deepspeed'} & set(sys.modules)\n"
         "sys.exit(f'imported: {found}' if found else 0)"
     )

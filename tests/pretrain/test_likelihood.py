@@ -15,13 +15,13 @@ from parallel.engine import model_inputs
 from parallel.initialise import initialise
 from parallel.mesh import build_mesh
 from parallel.shape import ModelShape
-from pretrain.likelihood import LikelihoodOptions, Request, score
-from pretrain.likelihood_draws import content_key, draw_mask, noise_of, standard_error
-from pretrain.likelihood_model import Scored, greedy_matches
+from pretrain.evaluation.likelihood import LikelihoodOptions, Request, score
+from pretrain.evaluation.likelihood_draws import content_key, draw_mask, noise_of, standard_error
+from pretrain.evaluation.likelihood_model import Scored, greedy_matches
 from pretrain.model import DiffusionTransformer
 from pretrain.predictor import Objective, Predictor
-from pretrain.sampler import SamplingOptions, generate
-from pretrain.sampler_logits import BrokenLogits
+from pretrain.sampling.logits import BrokenLogits
+from pretrain.sampling.sampler import SamplingOptions, generate
 
 VOCAB, MASK, EOS, CONTEXT = 11, 0, 1, 12
 PROMPT, ANSWER = np.array([4, 7, 3]), np.array([5, 9, 2, 5, 8])
@@ -442,5 +442,5 @@ def test_working_in_chunks_changes_no_score(scored, monkeypatch):
         options = LikelihoodOptions(draws=3, cfg_scale=cfg)
         whole = score(scored("masked"), requests, options)
         with monkeypatch.context() as patch:
-            patch.setattr("pretrain.sampler_logits._CHUNK_VALUES", 2 * VOCAB)
+            patch.setattr("pretrain.sampling.logits._CHUNK_VALUES", 2 * VOCAB)
             assert score(scored("masked"), requests, options) == whole

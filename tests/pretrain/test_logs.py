@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from data.errors import InputError
-from pretrain.logs import logs, moment_of
-from pretrain.logs_files import RankFile, plain, split
-from pretrain.logs_merge import FOLD_SECONDS
-from pretrain.rank_log import STAMP, RankLog, log_path
+from pretrain.logs.command import logs, moment_of
+from pretrain.logs.files import RankFile, plain, split
+from pretrain.logs.merge import FOLD_SECONDS
 from pretrain.rank_set import ranges, ranks_of
+from pretrain.watching.rank_log import STAMP, RankLog, log_path
 from tests.distributed.launch import ROOT, environment
 
 BEGIN = 1_800_000_000.0
@@ -225,7 +225,7 @@ def wait_for(stream, words: str) -> str:
 
 def test_following_shows_what_comes_also_of_ranks_that_come(tmp_path):
     log = RankLog(tmp_path, 0, 2, "77-0-0")
-    code = f"from pretrain.logs import logs; raise SystemExit(logs({str(tmp_path)!r}, follow=True))"
+    code = f"from pretrain.logs.command import logs; raise SystemExit(logs({str(tmp_path)!r}, follow=True))"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=ROOT,
@@ -256,7 +256,7 @@ def test_following_shows_what_comes_also_of_ranks_that_come(tmp_path):
 
 def test_a_reader_that_has_seen_enough_ends_it_quietly(tmp_path):
     write(tmp_path, 0, [(i, f"line {i} " + "x" * 500) for i in range(2000)])
-    code = f"from pretrain.logs import logs; raise SystemExit(logs({str(tmp_path)!r}, last=2000))"
+    code = f"from pretrain.logs.command import logs; raise SystemExit(logs({str(tmp_path)!r}, last=2000))"
     command = f"{sys.executable} -c {code!r} 2>&1 | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, text=True, capture_output=True, timeout=60)
     assert done.returncode == 0 and done.stdout == "--- 2027-01-15 (UTC)\n" and done.stderr == ""
@@ -264,7 +264,7 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(tmp_path):
 
 def test_colours_are_for_terminals_alone(tmp_path):
     write(tmp_path, 0, [(0, "an error")])
-    code = f"from pretrain.logs import logs; logs({str(tmp_path)!r})"
+    code = f"from pretrain.logs.command import logs; logs({str(tmp_path)!r})"
     command = [sys.executable, "-c", code]
     env = environment(TERM="xterm")
     env.pop("NO_COLOR", None)

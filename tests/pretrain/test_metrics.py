@@ -12,8 +12,8 @@ import torch
 from data.batch import DiffusionBatch
 from data.manifest import SpecialIds
 from parallel.mesh import single_process_mesh
+from pretrain.evaluation.validation import Validation
 from pretrain.metrics import T_BINS, global_counts, sums_by_level, token_sums, train_metrics
-from pretrain.validation import Validation
 from tests.distributed import training_case as case
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from parallel import checkpoint
-from pretrain.preemption import ASKS_FOR_REQUEUE, SAME_REQUEST_SECONDS
+from pretrain.loop.preemption import ASKS_FOR_REQUEUE, SAME_REQUEST_SECONDS
 from tests.distributed.launch import run, start
 from tests.pretrain.test_training_run import STEPS, arguments, metrics, stored_state
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from data.errors import InputError
-from pretrain.profiling import OFF, ProfileOptions, Profiler, profile_options, profiler_for
-from pretrain.rank_log import log_path
+from pretrain.loop.profiling import OFF, ProfileOptions, Profiler, profile_options, profiler_for
+from pretrain.watching.rank_log import log_path
 from tests.distributed.launch import ROOT, run
 from tests.pretrain.test_training_run import arguments, metrics, stored_state
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.rank_log import log_path
+from pretrain.watching.rank_log import log_path
 from tests.distributed.launch import ROOT, environment
 
 PROGRAM = """
 import os, resource, sys
 from pathlib import Path
-from pretrain.rank_log import RankLog
+from pretrain.watching.rank_log import RankLog
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 print("before")
 try:

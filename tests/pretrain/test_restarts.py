@@ -17,10 +17,10 @@ import pytest
 from data.errors import InputError
 from pretrain.config import Config, HealthConfig, RunConfig
 from pretrain.load_config import save_config
-from pretrain.restart_command import restart
-from pretrain.restart_rules import Attempt, decide
-from pretrain.restarts import ENDED_BY, newest_step, read_attempts, record_attempt
-from pretrain.watch_faults import Fault, FaultFile
+from pretrain.watching.faults import Fault, FaultFile
+from pretrain.watching.restart_command import restart
+from pretrain.watching.restart_rules import Attempt, decide
+from pretrain.watching.restarts import ENDED_BY, newest_step, read_attempts, record_attempt
 from tests.distributed.launch import ROOT
 
 HEALTH = HealthConfig(max_restarts=4, restart_backoff_seconds=60)
@@ -189,7 +189,7 @@ BATCH = {"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "0"}  # what the batch scr
 
 @pytest.fixture
 def run(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr("pretrain.restarts.os.environ", BATCH)
+    monkeypatch.setattr("pretrain.watching.restarts.os.environ", BATCH)
     (tmp_path / "checkpoints" / "step-00000090").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step-00000090" / "trainer.json").write_text("{}")
     (tmp_path / "checkpoints" / ".writing-step-00000095").mkdir()
@@ -283,9 +283,9 @@ def requeued(count: int) -> dict[str, str]:
 
 def test_an_end_that_nobody_noted_is_noted_by_the_next_start(run, monkeypatch, capsys):
     """The node of the batch script went down: at each start that follows, until that has happened too often."""
-    monkeypatch.setattr("pretrain.restarts.newest_step", lambda folder: 90)
+    monkeypatch.setattr("pretrain.watching.restarts.newest_step", lambda folder: 90)
     for count in range(HEALTH.max_restarts + 2):
-        monkeypatch.setattr("pretrain.restarts.os.environ", {**requeued(count), ENDED_BY: "lost"})
+        monkeypatch.setattr("pretrain.watching.restarts.os.environ", {**requeued(count), ENDED_BY: "lost"})
         monkeypatch.setenv(ENDED_BY, "lost")
         # The first one ever found nothing to look back at; the last one is refused.
         assert restart(str(run), 76, wait=False) == (75 if count <= HEALTH.max_restarts else 77)
@@ -303,7 +303,7 @@ def test_an_end_that_was_noted_is_not_noted_again(run, monkeypatch):
     record_attempt(run, world=8, step=0, environ=ENVIRON)
     assert restart(str(run), 75) == 75
     before = (run / "health" / "attempts.jsonl").read_bytes()
-    monkeypatch.setattr("pretrain.restarts.os.environ", requeued(1))
+    monkeypatch.setattr("pretrain.watching.restarts.os.environ", requeued(1))
     monkeypatch.setenv(ENDED_BY, "lost")
     assert restart(str(run), 76) == 75
     assert (run / "health" / "attempts.jsonl").read_bytes() == before
@@ -347,7 +347,7 @@ TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "MASTER_PORT": "29500", "RANK": "0", 
 @pytest.fixture
 def outside(monkeypatch) -> None:
     """A shell without Slurm, where torchrun is called again and again."""
-    monkeypatch.setattr("pretrain.restarts.os.environ", {})
+    monkeypatch.setattr("pretrain.watching.restarts.os.environ", {})
 
 
 def test_behind_torchrun_a_leaving_rank_is_told_from_a_fault(run, outside):
@@ -381,7 +381,7 @@ def test_a_signal_waits_until_the_end_is_noted_and_then_ends_the_pause(run):
     """Started deaf, as by slurm/job.sh, and not. Writing takes a while here."""
     record_attempt(run, world=8, step=90, environ=ENVIRON)
     code = (
-        "import signal, sys, time; from pretrain import restart_command as c, restarts\n"
+        "import signal, sys, time; from pretrain.watching import restart_command as c, restarts\n"
         "append = restarts._append\n"
         "def slow(*words): print('noting', flush=True); time.sleep(1.5); append(*words)\n"
         "restarts._append = slow\n"

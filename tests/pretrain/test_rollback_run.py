@@ -12,7 +12,7 @@ import pytest
 
 from parallel import checkpoint
 from pretrain.checkpoint_command import describe
-from pretrain.metric_log import read_metrics
+from pretrain.tracking.metric_log import read_metrics
 from tests.distributed.launch import start
 from tests.pretrain.test_training_run import arguments
 

@@ -19,11 +19,11 @@ import torch
 from data.errors import InputError
 from data.shard_set import ShardSet
 from parallel import checkpoint
-from pretrain import sample as sample_module
 from pretrain.load_model import find_checkpoint, load_model, load_run_tokenizer
+from pretrain.loop.sample_log import hidden_tokens, log_samples
 from pretrain.predictor import Objective, Predictor, objective_of
-from pretrain.sample import SampleOptions, sample
-from pretrain.sample_log import hidden_tokens, log_samples
+from pretrain.sampling import command as sample_module
+from pretrain.sampling.command import SampleOptions, sample
 from tests.distributed.launch import run
 from tests.pretrain.test_sampler import one_thread  # noqa: F401  for every test of this file
 from tests.pretrain.test_training_run import arguments

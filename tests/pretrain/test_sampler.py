@@ -9,9 +9,9 @@ import torch
 from data.batch import expand
 from data.compact import collate
 from data.errors import InputError
-from pretrain.sampler import SamplingOptions, generate
-from pretrain.sampler_display import render_progress
-from pretrain.sampler_unmasking import reveal_schedule
+from pretrain.sampling.display import render_progress
+from pretrain.sampling.sampler import SamplingOptions, generate
+from pretrain.sampling.unmasking import reveal_schedule
 
 MASK = 9
 
@@ -391,7 +391,7 @@ def test_working_in_chunks_changes_nothing(monkeypatch):
     ids, given = masked_rows(2, 13, 2)
     settings = dict(steps=4, temperature=1.0, cfg_scale=0.5)
     whole = run(TableModel(), ids, given, **settings)
-    monkeypatch.setattr("pretrain.sampler_logits._CHUNK_VALUES", 25)
+    monkeypatch.setattr("pretrain.sampling.logits._CHUNK_VALUES", 25)
     assert torch.equal(run(TableModel(), ids, given, **settings), whole)
 
 

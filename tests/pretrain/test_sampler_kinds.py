@@ -8,10 +8,10 @@ import torch
 
 from data.errors import InputError
 from pretrain.predictor import Objective
-from pretrain.sampler import SamplingOptions, generate
-from pretrain.sampler_logits import draw
-from pretrain.sampler_options import MEANINGFUL, options_for
-from pretrain.sampler_unmasking import reveal_schedule
+from pretrain.sampling.logits import draw
+from pretrain.sampling.options import MEANINGFUL, options_for
+from pretrain.sampling.sampler import SamplingOptions, generate
+from pretrain.sampling.unmasking import reveal_schedule
 from tests.pretrain.test_sampler import MASK, TableModel, masked_rows, one_thread  # noqa: F401  the last for every test of this file
 
 KINDS = {
@@ -97,7 +97,7 @@ def test_a_row_is_the_same_alone_in_any_batch_in_any_chunks_whatever_the_global_
     together = run(TableModel(), ids, given, kind, cfg_scale=0.7, seed=4)
     torch.manual_seed(2)
     state = torch.get_rng_state()
-    monkeypatch.setattr("pretrain.sampler_logits._CHUNK_VALUES", 25)
+    monkeypatch.setattr("pretrain.sampling.logits._CHUNK_VALUES", 25)
     for row in range(5):
         alone = run(TableModel(), ids[row : row + 1], given[row : row + 1], kind, first_row=row, cfg_scale=0.7, seed=4)
         assert torch.equal(alone[0], together[row])

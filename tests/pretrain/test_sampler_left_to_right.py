@@ -10,8 +10,8 @@ import torch
 from scipy.stats import chisquare
 
 from pretrain.predictor import Objective
-from pretrain.sampler import SamplingOptions, generate
-from pretrain.sampler_left_to_right import nucleus
+from pretrain.sampling.left_to_right import nucleus
+from pretrain.sampling.sampler import SamplingOptions, generate
 from tests.pretrain.test_sampler import one_thread  # noqa: F401  for every test of this file
 
 V, MASK, ROWS = 4, 3, 20_000

@@ -15,8 +15,8 @@ import torch
 from scipy.stats import chisquare
 
 from pretrain.predictor import Objective
-from pretrain.sampler import SamplingOptions, generate
-from pretrain.sampler_uniform import levels
+from pretrain.sampling.sampler import SamplingOptions, generate
+from pretrain.sampling.uniform import levels
 from tests.pretrain.test_sampler import one_thread  # noqa: F401  for every test of this file
 
 N, MASK, ROWS, PAIRS = 4, 3, 40, 500

@@ -13,8 +13,8 @@ import torch
 from parallel import checkpoint
 from parallel.boxes import Boxes
 from parallel.errors import CheckpointError
-from pretrain import saving
-from pretrain.saving import Saving
+from pretrain.loop import saving
+from pretrain.loop.saving import Saving
 
 
 class Disk:

@@ -12,8 +12,8 @@ import pytest
 import torch.distributed as dist
 
 from data.errors import InputError
-from pretrain.slurm_cell import cell
-from pretrain.slurm_start import NoStart, candidates, first_address, hold_port, meeting_address, ports_from
+from pretrain.submission.slurm_cell import cell
+from pretrain.submission.slurm_start import NoStart, candidates, first_address, hold_port, meeting_address, ports_from
 from tests.distributed.launch import ROOT, free_port
 
 
@@ -89,7 +89,8 @@ def test_the_helper_holds_the_port_until_its_parent_ends(tmp_path):
     fake.write_text("#!/bin/sh\necho n1 NodeAddr=127.0.0.1\n")
     fake.chmod(0o755)
     port = free_port()
-    program = 'exec {fd}< <(exec "$0" -m pretrain.slurm_start n1); read -r address port <&"$fd"; echo "$address $port"; read -r'
+    start = 'exec {fd}< <(exec "$0" -m pretrain.submission.slurm_start n1)'
+    program = f'{start}; read -r address port <&"$fd"; echo "$address $port"; read -r'
     environ = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PALIMPSEST_PORTS": f"{port}-{port}"}
     parent = subprocess.Popen(
         ["bash", "-c", program, sys.executable],

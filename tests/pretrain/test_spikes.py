@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pretrain.config import HealthConfig
-from pretrain.spikes import SpikeDetector, Verdict, deviations
+from pretrain.loop.spikes import SpikeDetector, Verdict, deviations
 
 HEALTH = HealthConfig()
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from pretrain import stacks
-from pretrain.stacks import STACKS, dump_stacks, process_state
+from pretrain.watching import stacks
+from pretrain.watching.stacks import STACKS, dump_stacks, process_state
 from tests.distributed.launch import ROOT, environment
 
 PROGRAM = """
@@ -26,7 +26,7 @@ def in_the_main_thread():
     print("ready", flush=True)
     time.sleep(300)
 if sys.argv[1] == "registered":
-    from pretrain.stacks import register_stack_dump
+    from pretrain.watching.stacks import register_stack_dump
     register_stack_dump()
 threading.Thread(target=in_a_thread, daemon=True).start()
 in_the_main_thread()

@@ -17,10 +17,10 @@ import pytest
 
 from data.errors import InputError
 from parallel.checkpoint import complete_checkpoints
-from pretrain.status import look, status
-from pretrain.status_display import screen, table
-from pretrain.status_records import Job, holder, queue, read_records
-from pretrain.status_report import describe
+from pretrain.status.command import look, status
+from pretrain.status.display import screen, table
+from pretrain.status.records import Job, holder, queue, read_records
+from pretrain.status.report import describe
 from tests.distributed.launch import ROOT, environment, run
 from tests.pretrain.run_folders import NOW, RunFolder
 from tests.pretrain.test_training_run import arguments
@@ -73,7 +73,7 @@ def test_the_next_checkpoint_is_as_large_as_expected_before_there_is_one(trained
 def test_it_starts_without_torch_in_well_under_a_second(trained):
     code = (
         "import sys, time\n"
-        "from pretrain.status import status\n"
+        "from pretrain.status.command import status\n"
         f"status({str(trained)!r})\n"
         "print(time.process_time())\n"
         "print([name for name in ('torch', 'numpy', 'mlflow', 'jsonargparse', 'rich') if name in sys.modules])\n"
@@ -428,7 +428,7 @@ def test_several_runs_are_a_table_of_one_line_each(trained, tmp_path, capsys):
 
 
 def test_it_looks_again_until_it_is_interrupted(trained):
-    code = f"from pretrain.status import status; raise SystemExit(status({str(trained)!r}, watch=0.1))"
+    code = f"from pretrain.status.command import status; raise SystemExit(status({str(trained)!r}, watch=0.1))"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=ROOT,

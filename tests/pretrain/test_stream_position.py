@@ -9,7 +9,7 @@ import pytest
 from data.errors import InputError
 from pretrain.config import Config
 from pretrain.load_config import to_dict
-from pretrain.stream_position import StreamPosition, go_on
+from pretrain.loop.stream_position import StreamPosition, go_on
 
 
 def trainer(config: Config, step: int, **more) -> dict:

@@ -14,9 +14,9 @@ import pytest
 
 from data.errors import InputError
 from pretrain.load_config import load_config
-from pretrain.submit import submit
-from pretrain.submit_checks import case_of, seconds_of
-from pretrain.submit_package import ROOT, code_files, forget, package
+from pretrain.submission.checks import case_of, seconds_of
+from pretrain.submission.package import ROOT, code_files, forget, package
+from pretrain.submission.submit import submit
 from tests.pretrain.test_training_run import arguments
 
 
@@ -98,7 +98,7 @@ def test_names_that_a_shell_would_take_apart_stay_whole(corpus, tmp_path, capsys
 def test_submit_takes_two_seconds_and_no_torch(corpus, tmp_path):
     words = options(corpus, tmp_path / "runs")
     program = (
-        f"import sys, time; began = time.monotonic()\nfrom pretrain.submit import submit\nsubmit({words!r})\n"
+        f"import sys, time; began = time.monotonic()\nfrom pretrain.submission.submit import submit\nsubmit({words!r})\n"
         "heavy = [m for m in ('torch', 'numpy', 'deepspeed', 'megatron') if m in sys.modules]\n"
         "print('heavy', heavy, file=sys.stderr); print('cpu', time.process_time(), file=sys.stderr)"
     )

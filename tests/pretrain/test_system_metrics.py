@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import system_spool
-from pretrain.gpu_metrics import Gpus, chosen
-from pretrain.shipping import read_state, ship
-from pretrain.system_metrics import Host, SystemMetrics
-from pretrain.system_spool import SystemSpool, claim_name, new_samples, plain_host, spool_name, spools
+from pretrain.tracking import system_spool
+from pretrain.tracking.gpu_metrics import Gpus, chosen
+from pretrain.tracking.shipping import read_state, ship
+from pretrain.tracking.system_metrics import Host, SystemMetrics
+from pretrain.tracking.system_spool import SystemSpool, claim_name, new_samples, plain_host, spool_name, spools
 from tests.pretrain.mlflow_server import runs_of, stored
 
 pytest_plugins = ("tests.pretrain.tracking_fixtures",)

@@ -13,9 +13,9 @@ from data.prepare import prepare
 from data.prepare_options import PrepareOptions
 from data.shard_set import ShardSet
 from data.tokenizer import TextTokenizer, load_tokenizer, prepare_tokenizer
-from pretrain.evaluate import block_bytes
-from pretrain.token_bytes import TokenBytes
-from pretrain.validation import Validation
+from pretrain.evaluation.evaluate import block_bytes
+from pretrain.evaluation.token_bytes import TokenBytes
+from pretrain.evaluation.validation import Validation
 from tests.data.token_models import rank_file, sentencepiece_file, sentences
 
 TEXTS = [

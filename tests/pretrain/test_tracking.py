@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import mlflow_run, shipping
-from pretrain.metric_log import SPOOL, MetricLog, truncate_metrics
-from pretrain.mlflow_run import NotNow
-from pretrain.shipping import read_state, ship, shipping_lock, write_state
+from pretrain.tracking import mlflow_run, shipping
+from pretrain.tracking.metric_log import SPOOL, MetricLog, truncate_metrics
+from pretrain.tracking.mlflow_run import NotNow
+from pretrain.tracking.shipping import read_state, ship, shipping_lock, write_state
 from tests.pretrain.mlflow_server import points, runs_of, spooled, stored
 
 pytest_plugins = ("tests.pretrain.tracking_fixtures",)
@@ -83,7 +83,7 @@ def test_a_kill_in_the_middle_of_a_roll_back_leaves_a_spool_that_is_shipped_righ
         def die(*ignored: object) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr("pretrain.metric_log.os.fsync", die)
+        patch.setattr("pretrain.tracking.metric_log.os.fsync", die)
         with pytest.raises(KeyboardInterrupt):
             truncate_metrics(run, 6)
     assert ship(run, store, "e", "r", {}) == 0

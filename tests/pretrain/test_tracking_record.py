@@ -12,17 +12,18 @@ import pytest
 import yaml
 
 from data.errors import InputError
-from pretrain import artifacts, code_version, shipper, track_sync
 from pretrain.addresses import plain_address
-from pretrain.artifacts import ship_artifacts
 from pretrain.config import Config
 from pretrain.load_config import save_config
-from pretrain.mlflow_run import plain_error
-from pretrain.run_events import read_events, record_state, record_version
-from pretrain.run_tags import cut
-from pretrain.shipping import read_state, ship
-from pretrain.track_sync import sync, sync_all
-from pretrain.tracking import Shipper
+from pretrain.tracking import artifacts, code_version, shipper
+from pretrain.tracking import sync as sync_command
+from pretrain.tracking.artifacts import ship_artifacts
+from pretrain.tracking.mlflow_run import plain_error
+from pretrain.tracking.run_events import read_events, record_state, record_version
+from pretrain.tracking.run_tags import cut
+from pretrain.tracking.shipper import Shipper
+from pretrain.tracking.shipping import read_state, ship
+from pretrain.tracking.sync import sync, sync_all
 from tests.pretrain.mlflow_server import points, runs_of, spooled, stored
 
 pytest_plugins = ("tests.pretrain.tracking_fixtures",)
@@ -301,14 +302,14 @@ def test_sync_of_all_runs_goes_on_behind_one_that_fails_and_says_so(tmp_path, st
 
 @pytest.mark.parametrize("problem", ["no folder", "no store", "in use"])
 def test_what_stops_a_sync_is_one_line(problem, tmp_path, monkeypatch):
-    monkeypatch.setattr(track_sync, "WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(sync_command, "WAIT_SECONDS", 0.0)
     run = configured(tmp_path / "r", uri=f"http://ann:{SECRET}@127.0.0.1:9")
     if problem == "no folder":
         with pytest.raises(InputError, match="is no run folder"):
             sync(str(tmp_path))
         return
     if problem == "in use":
-        from pretrain.shipping import shipping_lock
+        from pretrain.tracking.shipping import shipping_lock
 
         with (
             shipping_lock(run, 0.0),

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import mlflow_run, shipper
-from pretrain.artifacts import ship_artifacts
-from pretrain.metric_log import MetricLog
-from pretrain.shipping import read_state, ship
-from pretrain.system_spool import SystemSpool
-from pretrain.tracking import Shipper
+from pretrain.tracking import mlflow_run, shipper
+from pretrain.tracking.artifacts import ship_artifacts
+from pretrain.tracking.metric_log import MetricLog
+from pretrain.tracking.shipper import Shipper
+from pretrain.tracking.shipping import read_state, ship
+from pretrain.tracking.system_spool import SystemSpool
 from tests.pretrain.mlflow_server import points, runs_of, spooled, stored
 
 pytest_plugins = ("tests.pretrain.tracking_fixtures",)

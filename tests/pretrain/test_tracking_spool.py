@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from data.errors import InputError
-from pretrain import spool
-from pretrain.metric_log import SPOOL, MetricLog, last_step, read_metrics, truncate_metrics
-from pretrain.run_events import read_events
-from pretrain.spool import Changed, Spool, lines_backwards, lines_behind
+from pretrain.tracking import spool
+from pretrain.tracking.metric_log import SPOOL, MetricLog, last_step, read_metrics, truncate_metrics
+from pretrain.tracking.run_events import read_events
+from pretrain.tracking.spool import Changed, Spool, lines_backwards, lines_behind
 from tests.distributed.launch import ROOT
 from tests.pretrain.mlflow_server import points
 
@@ -99,7 +99,7 @@ def test_a_live_roll_back_goes_on_in_the_same_log(tmp_path):
 def test_a_reader_beside_a_log_that_rolls_back_all_the_time_never_sees_half_a_line(tmp_path, monkeypatch):
     """Every line it sees was written as such; a file that changed under it is noticed."""
     monkeypatch.setattr(spool, "_CHUNK", 2048)  # many reads, so that some are in the middle of a change
-    monkeypatch.setattr("pretrain.metric_log.record_roll_back", lambda *ignored: None)
+    monkeypatch.setattr("pretrain.tracking.metric_log.record_roll_back", lambda *ignored: None)
     log, stop, seen, changed = MetricLog(tmp_path), threading.Event(), 0, 0
 
     def write() -> None:
@@ -151,8 +151,8 @@ def test_a_read_that_goes_on_in_a_file_that_was_cut_and_grew_again_is_noticed(tm
 FULL = """
 import json, resource, sys, time
 from pathlib import Path
-from pretrain import spool
-from pretrain.metric_log import MetricLog
+from pretrain.tracking import spool
+from pretrain.tracking.metric_log import MetricLog
 spool.RETRY_SECONDS = 0.0
 folder, said = Path(sys.argv[1]), []
 log = MetricLog(folder, said.append)
@@ -252,7 +252,7 @@ def test_the_rest_of_a_line_that_was_begun_is_never_given_up(tmp_path, monkeypat
 
 def test_nothing_that_a_status_command_imports_needs_torch_or_mlflow():
     code = textwrap.dedent("""
-        import sys, pretrain.tracking
+        import sys, pretrain.tracking.shipper, pretrain.tracking.metric_log, pretrain.tracking.sync
         print([m for m in ("torch", "mlflow", "numpy") if m in sys.modules])
     """)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)

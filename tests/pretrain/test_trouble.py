@@ -8,8 +8,8 @@ import random
 import pytest
 
 from pretrain.config import HealthConfig
-from pretrain.spikes import Verdict
-from pretrain.trouble import MOST_RECORDS, Trouble, describe, ranges
+from pretrain.loop.spikes import Verdict
+from pretrain.loop.trouble import MOST_RECORDS, Trouble, describe, ranges
 
 FINE, SPIKE, BROKEN = Verdict.FINE, Verdict.SPIKE, Verdict.NON_FINITE
 HEALTH = HealthConfig(spike_patience=3, max_rollbacks=2)

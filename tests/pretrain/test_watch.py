@@ -17,9 +17,9 @@ from typing import Any
 import psutil
 import pytest
 
-from pretrain.heartbeat import Record, read_published
-from pretrain.restart_command import restart
-from pretrain.restarts import read_attempts
+from pretrain.watching.heartbeat import Record, read_published
+from pretrain.watching.restart_command import restart
+from pretrain.watching.restarts import read_attempts
 from tests.distributed.launch import ROOT, environment, meeting_port
 
 STALL, BEAT = 4.0, 0.5
@@ -364,7 +364,7 @@ def test_a_watch_that_hangs_on_a_file_system_still_ends_with_its_rank(tmp_path):
     stacks.mkdir(parents=True)
     os.mkfifo(stacks / "rank-00000.txt")  # whoever opens it to write waits for a reader that never comes
     code = (
-        "import sys; from pretrain import watch; watch.GUARD_SECONDS = 3.0; arguments = sys.argv[1:]\n"
+        "import sys; from pretrain.watching import watch; watch.GUARD_SECONDS = 3.0; arguments = sys.argv[1:]\n"
         "sys.exit(watch.watch(arguments, [sys.executable, '-m', 'tests.pretrain.watch_worker', *arguments]))"
     )
     options = ["--run.dir", str(tmp_path), "--run.name", "run", "--health.beat_seconds", "0.2"]
@@ -386,7 +386,7 @@ def test_a_watch_that_hangs_on_a_file_system_still_ends_with_its_rank(tmp_path):
 
 def test_what_cannot_be_watched_is_a_mistake_before_anything_is_started(tmp_path):
     from data.errors import InputError
-    from pretrain.watch import watch
+    from pretrain.watching.watch import watch
 
     for arguments, said in (
         (["sample", "--run", "x"], "what can be watched is training"),

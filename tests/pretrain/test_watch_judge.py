@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pretrain.heartbeat import PHASES, Record
-from pretrain.watch_judge import Age, Limits, culprit
+from pretrain.watching.heartbeat import PHASES, Record
+from pretrain.watching.judge import Age, Limits, culprit
 
 LIMITS = Limits(stall=300, beat=10)
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from pretrain.metric_log import MetricLog
-from pretrain.shipper import Shipper
-from pretrain.system_metrics import Host
-from pretrain.system_spool import SystemSpool
+from pretrain.tracking.metric_log import MetricLog
+from pretrain.tracking.shipper import Shipper
+from pretrain.tracking.system_metrics import Host
+from pretrain.tracking.system_spool import SystemSpool
 from tests.pretrain.mlflow_server import Proxy, Server, free_port
 
 STEPS, METRICS = 1000, 30

@@ -23,18 +23,18 @@ from data.errors import InputError
 def main() -> None:
     what, *arguments = sys.argv[1:]
     if what == "watch":
-        from pretrain.watch import watch
+        from pretrain.watching.watch import watch
 
         sys.exit(watch(arguments, [sys.executable, "-m", "tests.pretrain.watch_worker", *arguments]))
     train(arguments)
 
 
 def train(arguments: list[str]) -> None:
-    from pretrain.heartbeat import Heartbeat
-    from pretrain.launch import launch_name, rank_and_world
     from pretrain.load_config import load_config
-    from pretrain.rank_log import RankLog
-    from pretrain.stacks import register_stack_dump
+    from pretrain.watching.heartbeat import Heartbeat
+    from pretrain.watching.launch import launch_name, rank_and_world
+    from pretrain.watching.rank_log import RankLog
+    from pretrain.watching.stacks import register_stack_dump
 
     try:
         config = load_config(arguments)
@@ -70,8 +70,8 @@ def _meet(heartbeat):
     import torch.distributed as dist
 
     from parallel.mesh import build_mesh
-    from pretrain.first_failure import failing_together
-    from pretrain.heartbeat import collective_counts
+    from pretrain.watching.first_failure import failing_together
+    from pretrain.watching.heartbeat import collective_counts
 
     heartbeat.beat("start", doing="meeting")
     mesh = build_mesh(timeout_seconds=120)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.submit_package import hash_list
+from pretrain.submission.package import hash_list
 from tests.slurm.lab import ROOT, Lab
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
@@ -97,7 +97,7 @@ def stand_in(root: Path, **options) -> StandIn:
     (package / "__init__.py").touch()
     shutil.copyfile(Path(__file__).with_name("stand_in.py"), package / "__main__.py")
     (folder / "code" / "slurm").mkdir()
-    for kept in ("pretrain/slurm_start.py", "slurm/job.sh"):
+    for kept in ("pretrain/submission/slurm_start.py", "slurm/job.sh"):
         shutil.copyfile(ROOT / kept, folder / "code" / kept)
     files = sorted(path.relative_to(folder / "code") for path in (folder / "code").rglob("*") if path.is_file())
     (folder / "code.sha256").write_text(hash_list(folder / "code", files))

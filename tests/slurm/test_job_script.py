@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pretrain.slurm_start import NoStart, hold_port
+from pretrain.submission.slurm_start import NoStart, hold_port
 from tests.slurm.jobs import stand_in, submit
 
 pytestmark = pytest.mark.timeout(1200)  # its turn at the lab included

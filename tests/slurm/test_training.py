@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from pretrain.load_config import load_config
-from pretrain.submit_package import ROOT, code_files, package
+from pretrain.submission.package import ROOT, code_files, package
 from tests.pretrain.test_training_run import arguments, metrics, stored_state
 from tests.slurm.jobs import Job
 from tests.slurm.lab import Lab
@@ -30,7 +30,7 @@ RUN = {
     "health.stall_seconds": 60,
     "optimizer.decay_steps": 10,
 }
-SUBMIT = "import sys\nfrom pretrain.submit import submit\nsys.exit(submit(sys.argv[1:]))"
+SUBMIT = "import sys\nfrom pretrain.submission.submit import submit\nsys.exit(submit(sys.argv[1:]))"
 
 
 def submit(checkout: Path, lab: Lab, words: list[str]) -> subprocess.CompletedProcess:
