@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from tests.faults import Record
 
 # The bounds are those of float32 on a CPU, and ranks of one test are more than most machines have GPUs. Before torch starts.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# A shell that starts something behind itself (`make test &`, many CI runners) has it ignore Ctrl-C, and all that it starts too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
