@@ -102,7 +102,7 @@ def _leave(code: int) -> None:
     """A process that holds a process group must not run the interpreter's own shutdown: gloo aborts in it."""
     if _in_process_group():
         from parallel.mesh import leave
-        from pretrain.preemption import ASKS_FOR_REQUEUE
+        from pretrain.loop.preemption import ASKS_FOR_REQUEUE
 
         leave(code, together=code in (0, ASKS_FOR_REQUEUE))
     sys.exit(code)
