@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two files of tests at a time, in the order of tests/conftest.py; more would stretch the waits that some tests measure.
+SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install install-dev quickstart test parity parity-of-ranks faults faults-page slurm-lab slurm-lab-down test-slurm lint bench-loss bench-engines bench-checkpoint bench-data objectives clean
 
@@ -34,13 +36,13 @@ test: install-dev                 ## the tests; `make parity` runs the heavier o
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not parity" -n 2 --dist loadfile --ignore tests/distributed --ignore tests/slurm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not parity" $(SIDE_BY_SIDE) --ignore tests/distributed --ignore tests/slurm
 	$(BIN)/python -m pytest -m "not parity" tests/distributed
 	$(BIN)/python -m pytest tests/slurm
 
 parity: install-dev              ## every parity cell and planted fault, the heavier proofs; rewrites docs/parity.md
 	$(BIN)/python -m tests.distributed.parity_table
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m parity -n 2 --dist loadfile --ignore tests/distributed --ignore tests/slurm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m parity $(SIDE_BY_SIDE) --ignore tests/distributed --ignore tests/slurm
 	$(BIN)/python -m pytest -m parity tests/distributed
 
 # What of it fits into a check of every change: all cells, a quarter of the planted faults, the proofs on several ranks.

@@ -16,6 +16,17 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # A shell that starts something behind itself (`make test &`, many CI runners) has it ignore Ctrl-C, and all that it starts too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Files of few, long tests, the longest first. They begin first, or one of two workers is left alone with them at the end.
+LONGEST = (
+    "test_watch test_tracking_server test_preemption test_first_failure test_checkpoint_faults test_training_run test_bad_input "
+    "test_rollback_run test_loader test_passing_faults test_status test_evaluate test_prepare_restart test_doctor"
+).split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:

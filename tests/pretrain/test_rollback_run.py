@@ -188,6 +188,7 @@ def test_trouble_that_comes_back_ends_the_run_and_keeps_the_checkpoint_from_befo
     happens="the run ends before that update; the error names the tensor, the rank and its host",
     lost="the steps since the newest checkpoint, whose copies were compared before it was made",
 )
+@pytest.mark.parity
 def test_a_flipped_bit_ends_the_run_before_it_is_saved_and_names_the_rank(corpus, runs):
     codes, said = launch(corpus, runs, "looked", {"flip": [6]}, health__check_every=5)
     assert codes == [1, 1]

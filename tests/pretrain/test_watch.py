@@ -290,6 +290,7 @@ def test_a_mistake_that_one_rank_sees_ends_all_with_code_2(start):
     assert "error: shard-000003.tar is cut short" in ranks.output()
 
 
+@pytest.mark.parity
 def test_a_rank_that_leaves_is_followed_within_bounds_and_is_no_fault(start):
     ranks = start(2, "alone,1:leave:50,0:sleep:50")
     assert ranks.codes() == [75, 75], ranks.output()
@@ -358,6 +359,7 @@ def test_signals_reach_training_and_one_that_still_starts_is_ended_at_once(start
     happens="the watch and its rank still end, within a bound",
     lost="the stacks of that rank",
 )
+@pytest.mark.parity
 def test_a_watch_that_hangs_on_a_file_system_still_ends_with_its_rank(tmp_path):
     run = tmp_path / "run"
     stacks = run / "logs" / "stacks-here-0-1"
