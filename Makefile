@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two files of tests at a time, in the order of tests/conftest.py; more would stretch the waits that some tests measure.
 SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install install-dev quickstart test parity parity-of-ranks faults faults-page slurm-lab slurm-lab-down test-slurm lint bench-loss bench-engines bench-checkpoint bench-data objectives clean
+.PHONY: help install install-dev quickstart test parity parity-of-ranks parity-of-faults faults faults-page slurm-lab slurm-lab-down test-slurm lint bench-loss bench-engines bench-checkpoint bench-data objectives clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -49,6 +49,9 @@ parity: install-dev              ## every parity cell and planted fault, the hea
 parity-of-ranks: install-dev
 	$(BIN)/python -m tests.distributed.parity_table --every 4
 	$(BIN)/python -m pytest -m parity tests/distributed
+
+parity-of-faults: install-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "parity and fault" $(SIDE_BY_SIDE) --ignore tests/distributed --ignore tests/slurm
 
 # The lab is started by slurm-lab and stays until slurm-lab-down: its tests are part of `make test` where it runs.
 slurm-lab: install-dev           ## install (Debian, root) and start a real Slurm of four nodes on this machine's loopback

@@ -90,6 +90,7 @@ def test_three_requests_to_leave_lose_and_repeat_nothing(corpus, tmp_path, measu
     happens="the process ends at once with exit code 75, and its loader processes with it",
     lost="the steps since the newest complete checkpoint, which stands",
 )
+@pytest.mark.parity
 def test_a_second_request_ends_the_process_at_once_even_inside_a_collective(corpus, tmp_path, measured):
     command = arguments(corpus, tmp_path, "stuck", **OVERRIDES | {"train.checkpoint_every": 5})
     ranks = start("pretrain", command, 2)

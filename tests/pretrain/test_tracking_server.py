@@ -206,6 +206,7 @@ def test_system_metrics_of_every_host_are_shipped_once_with_their_times(proxy, r
     happens="training goes on; one run in MLflow, and every point in it once with its own time when the server is back",
     lost="nothing",
 )
+@pytest.mark.parity
 def test_a_server_that_is_killed_and_started_again_in_mid_run_has_every_point_once(server, run, experiment, measured):
     """SIGKILL while points are on their way, a requeue while it is away, and another SIGKILL."""
     first = Shipper(run, server.uri, experiment, "r", {"train": {"steps": STEPS}}, None)
