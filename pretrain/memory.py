@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Optional
 
 from parallel.layout_rules import Case, Change
 from parallel.legality import first_broken
-from parallel.shape import parameter_table
+from parallel.shape import ModelShape, parameter_table
 from pretrain.memory_activations import (
     block_work,
     chunk_saves,
     element_bytes,
     hidden_bytes,
+    layers_in,
+    loss_saves,
     loss_work,
     most_in_flight,
     tokens_of,
@@ -83,21 +85,24 @@ def memory_of_rank(case: Case, pp_rank: int) -> Memory:
 
 
 def held_by(case: Case, pp_rank: int) -> Held:
-    layout, tensor = case.layout, case.layout.tensor
-    layers = layout.layers(case.shape.num_layers)
+    layout = case.layout
+    layers = layers_in(layout, case.shape.num_layers)
     chunks = layout.chunks_of(pp_rank)
-    mine = {f"blocks.{layer}." for chunk in chunks for layer in layers[chunk]}
-    padded = case.shape.padded_vocab(tensor)
-    sizes = {name: math.prod(s.local_shape(tensor, padded)) for name, s in parameter_table(case.shape).items()}
-    found: dict[str, int] = {}
-    for name, size in sizes.items():
-        first, last = name.startswith("embedding."), name.startswith(("final_norm.", "head."))
-        block = name[: name.index(".", 7) + 1] if name.startswith("blocks.") else ""
-        if block in mine or (first and 0 in chunks) or (last and layout.chunks - 1 in chunks):
-            found[name] = size
-    one_block = sum(size for name, size in sizes.items() if name.startswith("blocks.0."))
-    outside = [size for name, size in found.items() if not name.startswith("blocks.")]
-    return Held(sum(found.values()), one_block, max(found.values()), max([one_block, *outside]))
+    block, largest_in_block, first, last = _sizes(case.shape, layout.tensor)
+    outside = (first if 0 in chunks else []) + (last if layout.chunks - 1 in chunks else [])
+    total = sum(layers[chunk] for chunk in chunks) * block + sum(outside)
+    return Held(total, block, max([largest_in_block, *outside]), max([block, *outside]))
+
+
+@lru_cache(maxsize=64)
+def _sizes(shape: ModelShape, tensor: int) -> tuple[int, int, list[int], list[int]]:
+    """Elements of a tensor-parallel share: of a block, of its largest matrix, of what comes before the blocks and behind them."""
+    padded = shape.padded_vocab(tensor)
+    sizes = {name: math.prod(s.local_shape(tensor, padded)) for name, s in parameter_table(shape).items()}
+    block = [size for name, size in sizes.items() if name.startswith("blocks.0.")]
+    first = [size for name, size in sizes.items() if name.startswith("embedding.")]
+    last = [size for name, size in sizes.items() if name.startswith(("final_norm.", "head."))]
+    return sum(block), max(block), first, last
 
 
 def shard_size(case: Case) -> int:
@@ -125,20 +130,37 @@ def model_states(case: Case, held: Held) -> dict[str, int]:
 
 def _working(case: Case, pp_rank: int, held: Held) -> dict[str, int]:
     chunks = case.layout.chunks_of(pp_rank)
-    last = case.layout.chunks - 1 in chunks
-    saves = {chunk: chunk_saves(case, chunk) for chunk in chunks}
-    activations = most_in_flight(case, pp_rank, saves) if case.pipelined else saves[0]
+    activations, loss = kept(case, pp_rank)
+    block = block_work(case)
+    if case.layout.chunks - 1 in chunks:  # the loss runs when no block does
+        loss += max(0, loss_work(case) - block)
     microbatches = case.accumulation if case.pipelined else 1
     # Buffers for what is received from the chunk before, and for the gradient from the one behind, of every microbatch.
     received = sum((chunk > 0) + (chunk < case.layout.chunks - 1) for chunk in chunks)
     return {
         "activations": activations,
-        "one block's work": max(block_work(case), loss_work(case) if last else 0),
+        "one block's work": block,
+        "loss buffers": loss,
         "gathered weights": _gathered(case, held),
         "gradients on their way": _reducing(case, held),
         "pipeline buffers": received * microbatches * hidden_bytes(case) if case.pipelined else 0,
         "batch": microbatches * tokens_of(case).inside * BATCH_BYTES,
     }
+
+
+def kept(case: Case, pp_rank: int) -> tuple[int, int]:
+    """(activations, what final norm, head and loss keep) of all microbatches that a pipeline rank has in flight, in bytes."""
+    saves = {chunk: chunk_saves(case, chunk) for chunk in case.layout.chunks_of(pp_rank)}
+    last = case.layout.chunks - 1
+    everything = _held_at_once(case, pp_rank, saves)
+    if last not in saves:
+        return everything, 0
+    activations = _held_at_once(case, pp_rank, {**saves, last: saves[last] - loss_saves(case)})
+    return activations, everything - activations
+
+
+def _held_at_once(case: Case, pp_rank: int, saves: dict[int, int]) -> int:
+    return most_in_flight(case, pp_rank, saves) if case.pipelined else saves[0]
 
 
 def _gathered(case: Case, held: Held) -> int:

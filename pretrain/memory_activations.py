@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
-from parallel.layout import LOOPED, SINGLE, V_SHAPED
+from parallel.layout import LOOPED, SINGLE, V_SHAPED, Layout
 from parallel.layout_rules import Case
 
 CHUNK_ROWS = 1024  # of parallel.loss.diffusion_loss: rows whose logits exist at once
@@ -19,6 +20,12 @@ CHUNK_ROWS = 1024  # of parallel.loss.diffusion_loss: rows whose logits exist at
 def element_bytes(case: Case) -> int:
     """Of an activation, and of the weights that a forward reads."""
     return 2 if case.bf16 else 4
+
+
+@lru_cache(maxsize=256)
+def layers_in(layout: Layout, num_layers: int) -> tuple[int, ...]:
+    """How many layers each chunk of the model has."""
+    return tuple(len(layers) for layers in layout.layers(num_layers))
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ def loss_work(case: Case) -> int:
 
 def chunk_saves(case: Case, chunk: int) -> int:
     """What one chunk of the model keeps of one microbatch."""
-    layers = len(case.layout.layers(case.shape.num_layers)[chunk])
+    layers = layers_in(case.layout, case.shape.num_layers)[chunk]
     saved = layers * block_saves(case, case.layout.activation_checkpointing)
     saved += 2 * 4 * tokens_of(case).inside * case.shape.head_dim  # rotary cos and sin, for all its blocks
     if chunk == case.layout.chunks - 1:
@@ -129,8 +136,11 @@ def _order(case: Case, rank: int) -> Iterator[tuple[int, int]]:
 def _interleaved(chunks: list[int], count: int, ranks: int, rank: int, split: bool) -> Iterator[tuple[int, int]]:
     """Narayanan et al. (arXiv 2104.04473), section 2.2, in rounds as torch runs them. split: weight gradients come `rank` later."""
     rounds = max(1, count // ranks)
-    size, total = count // rounds, len(chunks) * count
-    warm = min((len(chunks) - 1) * size + (1 if split else 2) * (ranks - 1 - rank), total)
+    size = count // rounds
+    ahead = (len(chunks) - 1) * size + (1 if split else 2) * (ranks - 1 - rank)
+    # Once it is filled every round holds what the one before held: of many the first ones are enough.
+    total = len(chunks) * size * min(rounds, ahead // (len(chunks) * size) + 3)
+    warm = min(ahead, total)
     behind = rank if split else 0
     for step in range(total + warm + behind):
         if step < total:

@@ -8,34 +8,14 @@ from typing import Any, Optional
 
 from data.errors import InputError
 from data.manifest import Manifest, read_manifest
-from parallel.layout import Layout
-from parallel.layout_rules import Case, in_words
-from parallel.legality import judge
-from parallel.shape import ModelShape
 from pretrain.addresses import plain_address
 from pretrain.config import Config
-from pretrain.memory import GIB, Memory, cure, memory_per_gpu
+from pretrain.planning.case import case_of, check_layout, check_memory
+
+__all__ = ["case_of", "check_data", "check_layout", "check_memory", "check_run", "check_time", "seconds_of"]
 
 # Slurm looks at time limits and their signals this rarely (sbatch(1), --signal): the signal may come so much earlier.
 SIGNAL_SLACK_SECONDS = 60
-
-
-def case_of(config: Config, world: int) -> Case:
-    """What layout and memory depend on, for `world` ranks."""
-    model = ModelShape(**{name: getattr(config.model, name) for name in ModelShape.__dataclass_fields__})
-    values = {name: getattr(config.parallel, name) for name in Layout.__dataclass_fields__}
-    layout = Layout(**values | {"layers_per_stage": tuple(config.parallel.layers_per_stage)})
-    copies = 2 if config.objective.kind == "block" else 1  # a noisy and a clean copy side by side
-    return Case(
-        model,
-        world,
-        layout,
-        config.train.global_batch_size,
-        config.train.micro_batch_size,
-        config.data.sequence_length * copies,
-        config.train.precision == "bf16",
-        config.train.compile,
-    )
 
 
 def check_run(config: Config) -> None:
@@ -50,27 +30,6 @@ def check_run(config: Config) -> None:
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (of a database: what its client reads, like PGUSER and "
             "PGPASSWORD) in the file of --environment"
         )
-
-
-def check_layout(case: Case) -> None:
-    """InputError with the nearest layout that works."""
-    if problem := judge(case):
-        raise InputError(f"layout: {problem.reason}; nearest that works: {problem.alternative}")
-
-
-def check_memory(case: Case, gpu_memory_gib: float) -> Memory:
-    """The estimate; InputError if it does not fit, with the mildest change after which it would."""
-    memory = memory_per_gpu(case)
-    if memory.total > gpu_memory_gib * GIB:
-        change = cure(case, gpu_memory_gib * GIB)
-        words = "no smaller microbatch, recomputation or tensor parallelism up to 8 is enough: use more GPUs"
-        if change:
-            words = f"this fits: {', '.join(f'{key}={in_words(value)}' for key, value in change.items())}"
-        raise InputError(
-            f"memory: about {memory.sentence()} a GPU, --gpu-memory is {gpu_memory_gib:g} GiB; {words} "
-            "(--gpu-memory 0 checks nothing)"
-        )
-    return memory
 
 
 def check_data(config: Config) -> list[str]:

@@ -109,7 +109,7 @@ def test_submit_takes_two_seconds_and_no_torch(corpus, tmp_path):
 
 
 def test_what_is_packed_is_the_code_and_the_config_and_later_changes_do_not_reach_it(corpus, tmp_path, monkeypatch):
-    secret = "https://me:hunter2@host/sets/train?token=abc"
+    secret = "https://me:hunter2@host/sets/train?token=sesame"
     words = ["--run.dir", str(tmp_path), "--data.shards", secret, "--optimizer.betas", "[0.8, 0.9]"]
     config = load_config(words)
     folder = tmp_path / "run"
@@ -153,12 +153,12 @@ def test_no_password_of_the_command_line_stands_in_submitted_json(corpus, tmp_pa
         (commands / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(commands), prepend=os.pathsep)
     words = [word for word in options(corpus, tmp_path / "runs") if word != "--dry-run"]
-    words += ["--data.val_shards", "https://me:hunter2@host/sets/val?token=abc"]
+    words += ["--data.val_shards", "https://me:hunter2@host/sets/val?token=sesame"]
     submit([*words, "--data.shards=https://me:hunter2@host/sets/train"])
     (record,) = (tmp_path / "runs").glob("run/submitted/*/submitted.json")
     said = json.loads(record.read_text())["arguments"]
     assert "--data.shards=https://host/sets/train" in said and "https://host/sets/val" in said
-    assert "hunter2" not in record.read_text() and "abc" not in record.read_text()
+    assert "hunter2" not in record.read_text() and "sesame" not in record.read_text()
 
 
 def test_what_slurm_refuses_is_taken_away_again(tmp_path):
