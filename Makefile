@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two files of tests at a time, in the order of tests/conftest.py; more would stretch the waits that some tests measure.
 SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install install-dev quickstart test parity parity-of-ranks parity-of-faults faults faults-page slurm-lab slurm-lab-down test-slurm lint bench-loss bench-engines bench-checkpoint bench-data objectives clean
+.PHONY: help install install-dev quickstart test parity parity-of-ranks parity-of-faults faults faults-page slurm-lab slurm-lab-down test-slurm lint bench-loss bench-engines bench-checkpoint bench-data bench-laws bench objectives study clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -84,6 +84,11 @@ bench-engines: install            ## engines and layouts beside plain DDP: time,
 bench-checkpoint: install         ## seconds and extra memory of a save, beside torch.save
 	$(BIN)/python bench/checkpoint.py
 
+bench-laws: install               ## planted scaling laws: how often a 95 % interval holds the truth, of 100 noisy studies
+	$(BIN)/python bench/laws.py --trials 100
+
+bench: bench-loss bench-engines bench-checkpoint bench-data bench-laws  ## all of them
+
 # litdata lives in an environment of its own, which borrows torch and numpy from .venv: what it would install beside is not ours.
 .venv-litdata/.installed: $(VENV)/.installed
 	$(PYTHON) -m venv .venv-litdata
@@ -101,6 +106,13 @@ bench-data: install .venv-litdata/.installed  ## reading, the whole pipeline, pr
 objectives: install               ## every objective on the same text, model and compute: a figure and a table
 	test -d runs/stdlib || $(BIN)/python -m pretrain prepare --source stdlib --out runs/stdlib --vocab-size 512 --val-fraction 0.03
 	$(BIN)/python bench/objectives.py
+
+study: install                    ## a real scaling-law study on two cores: plan, run, fit, report
+	test -d runs/stdlib || $(BIN)/python -m pretrain prepare --source stdlib --out runs/stdlib --vocab-size 512 --val-fraction 0.03
+	$(BIN)/python -m pretrain study plan configs/study_stdlib.yaml
+	$(BIN)/python -m pretrain study run configs/study_stdlib.yaml
+	$(BIN)/python -m pretrain study fit runs/studies/stdlib
+	$(BIN)/python -m pretrain study report runs/studies/stdlib
 
 clean:                            ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) .venv-litdata .pytest_cache .ruff_cache

@@ -27,7 +27,11 @@ usage: python -m pretrain COMMAND [options]        (COMMAND --help shows the opt
               gone is named, stacks are written           (srun or torchrun starts one on each rank's place)
   restart     whether a run that ended with a code    restart --run runs/quickstart --code 76
               is to be started again
-  submit      check a run, pack it with its code,     submit --config configs/llada_8b.yaml --nodes 16 [--dry-run]
+  plan        parameters, memory, time, cost and     plan --config configs/llada_8b.yaml --nodes 8
+              traffic of a run; ranks layouts         plan search --config configs/llada_8b.yaml --gpus 64
+  study       a scaling-law study: plan, run, fit,    study plan configs/study_stdlib.yaml
+              report                                  study fit losses.csv
+  submit      check a run, pack it with its code,     submit --config configs/llada_8b.yaml --nodes 8 [--dry-run]
               hand it to Slurm until it is done
   status      is a run well, how far, how long yet    status runs/quickstart [--watch 10]   status runs
   logs        what all ranks said, in order of time   logs runs/quickstart [--follow] [--grep WARNING]

@@ -207,12 +207,54 @@ def _quickstart(arguments: Sequence[str]) -> int:
     return quickstart()
 
 
+STUDY = """study: a scaling-law study, from a budget to a law with error bars
+
+  study plan STUDY.yaml      budgets, sizes and rules -> cells with stable ids, and what they cost
+  study run STUDY.yaml       trains what is missing, here or (--slurm) as an array job; a bad cell is left out with its reason
+  study fit FOLDER | CSV     laws with intervals, and predictions that say how far they reach
+  study report FOLDER        one page with figures, and the config of the recommended run
+
+`study WHAT --help` shows the options."""
+
+
+def _plan(arguments: Sequence[str]) -> int:
+    from pretrain.planning.command import plan
+
+    return plan(arguments)
+
+
+def _study(arguments: Sequence[str]) -> int:
+    what = arguments[0] if arguments else ""
+    if what in ("-h", "--help"):
+        print(STUDY)
+        return 0
+    if what == "plan":
+        from pretrain.study.command_plan import plan
+
+        return plan(arguments[1:])
+    if what == "run":
+        from pretrain.study.command_run import run
+
+        return run(arguments[1:])
+    if what == "fit":
+        from pretrain.study.command_fit import fit
+
+        return fit(arguments[1:])
+    if what == "report":
+        from pretrain.study.command_report import report
+
+        return report(arguments[1:])
+    raise InputError("study: say `study plan`, `study run`, `study fit` or `study report`; `study --help` says what they do")
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "prepare": _prepare,
     "data": _data,
     "train": _train,
     "watch": _watch,
     "restart": _restart,
+    "plan": _plan,
+    "study": _study,
     "submit": _submit,
     "status": _status,
     "logs": _logs,

@@ -1,0 +1,69 @@
+"""`study fit`: scaling laws of a study, or of any table of N, D and loss, with intervals; writes fit.json and prints what was
+found."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data.errors import InputError
+from pretrain.arguments import parse, parser_of
+
+DESCRIPTION = (
+    "study fit: scaling laws of a study's folder, or of any CSV with columns N, D, loss (and C; without it C = 6 N D). "
+    "Optional columns: objective, cell, loss_se, unique_tokens, epochs, budget, status, reason, repeat, seed. Raw counts, nats per "
+    "token, FLOPs. Prints numbers with 95 % intervals, and why a part cannot be had; a study's folder gets fit.json"
+)
+
+
+def fit(arguments: Sequence[str]) -> int:
+    """The command. Exit code 0 also where parts are refused, which is an answer; InputError for a table that cannot be fitted."""
+    parser = parser_of(DESCRIPTION)
+    parser.prog = "python -m pretrain study fit"
+    parser.add_argument("path", help="a study's folder, or a CSV file")
+    parser.add_argument("--json", default="", help="file for the fit as JSON; default: fit.json in a study's folder")
+    parser.add_argument("--samples", type=int, default=1000, help="refits of the bootstrap")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the bootstrap; the same seed gives the same numbers"
+    )
+    parser.add_argument("--predict", type=float, nargs="*", default=[], help="further budgets to predict, in FLOPs")
+    values = parse(parser, "study fit", arguments)
+    if not 100 <= values.samples <= 100_000:
+        raise InputError(f"study fit: --samples is {values.samples}; give 100 to 100000 (1000 is a good number)")
+    if values.seed < 0:
+        raise InputError(f"study fit: --seed is {values.seed}; it must be 0 or above")
+    for budget in values.predict:
+        if not (math.isfinite(budget) and budget > 0):
+            raise InputError(f"study fit: --predict is {budget:g}; give FLOPs above 0, as 1e21")
+    from pretrain.study.fit import fit_table
+    from pretrain.study.summary import summary
+    from pretrain.study.table import read_table
+
+    table = read_table(values.path)
+    target = Path(values.json) if values.json else table.study / "fit.json" if table.study else None
+    if target is not None and not target.absolute().parent.is_dir():
+        raise InputError(
+            f"study fit: {target.absolute().parent} is no folder; name a file in one that exists with --json"
+        )
+    found = fit_table(table, values.samples, values.seed, tuple(values.predict))
+    if target is not None:
+        write(target, found)  # before anything is printed: a closed pipe must not lose it
+    print(summary(found))
+    if target is not None:
+        print(f"\nwritten: {target}")
+    return 0
+
+
+def write(file: Path, content: dict[str, Any]) -> None:
+    """Replaced as a whole: a reader never sees half of it."""
+    fresh = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        fresh.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        fresh.replace(file)
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        raise InputError(f"study fit: {file} cannot be written ({error.strerror}); name another with --json") from None

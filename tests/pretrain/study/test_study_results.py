@@ -1,0 +1,149 @@
+"""results.csv: each row from its run folder, each cell that does not count with its reason."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from pretrain.study.command_plan import plan
+from pretrain.study.plan import Planned, open_study
+from pretrain.study.processes import environment, last_word
+from pretrain.study.results import COLUMNS, End, Result, Results, result_of
+from pretrain.study.slurm import slurm_ends
+from tests.pretrain.study.studies import write_study
+
+VALIDATION = {"val/nelbo": 3.5, "val/nelbo_se": 0.02, "val/unigram_entropy": 5.0}
+
+
+@pytest.fixture
+def planned(tmp_path, corpus) -> Planned:
+    assert plan([str(write_study(tmp_path, corpus, budgets=[2e9], min_steps=20))]) == 0
+    return open_study(tmp_path / "study")
+
+
+def spool(planned: Planned, number: int, steps: int, **validation) -> None:
+    """What `train` writes: a line a step, and one for a validation behind the last."""
+    run = planned.run_folder(planned.cells[number])
+    run.mkdir(parents=True)
+    lines = [{"step": n, "time": n, "train/loss": 4.0, "perf/step_time": 0.25} for n in range(1, steps + 1)]
+    lines += [{"step": steps, "time": steps, **validation}] if validation else []
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_every_row_says_what_became_of_its_cell(planned):
+    s, m, left_out, other, *_ = planned.cells
+    assert left_out.status == "excluded"
+    spool(planned, 0, s.steps, **VALIDATION)
+    spool(planned, 1, m.steps, **VALIDATION | {"val/nelbo": 6.3})
+    spool(planned, 3, 7)
+    results = Results(planned)
+    found = results.write()
+    rows = list(csv.DictReader((planned.folder / "results.csv").read_text().splitlines()))
+    assert tuple(rows[0]) == COLUMNS and [row["cell"] for row in rows] == [cell.id for cell in planned.cells]
+    assert [row["status"] for row in rows] == ["done", "excluded", "excluded", "excluded", "missing", "excluded"]
+    assert rows[0]["reason"] == "" and float(rows[0]["loss"]) == 3.5 and float(rows[0]["loss_se"]) == 0.02
+    assert {name: float(rows[0][name]) for name in ("N", "D", "C", "lr", "batch", "steps", "seed", "budget")} == {
+        name: getattr(s, name) for name in ("N", "D", "C", "lr", "batch", "steps", "seed", "budget")
+    }
+    assert rows[1]["reason"] == "diverged: its loss 6.3000 is above 6.2383, that of knowing nothing (ln 512)"
+    assert rows[2]["reason"].startswith("too few steps: ") and rows[2]["loss"] == ""
+    assert rows[3]["reason"] == f"cut: step 7 of {other.steps}" and rows[3]["loss"] == ""
+    assert rows[4]["reason"] == "not run"
+    assert found[s.id].seconds == pytest.approx(0.25 * s.steps) and found[s.id].final and not found[other.id].final
+
+
+def test_reasons_follow_from_the_end_and_from_the_losses(planned):
+    cell = planned.cells[0]
+    run = planned.run_folder(cell)
+    assert result_of(cell, run) == Result("missing", "not run")
+    spool(planned, 0, 5)
+    assert result_of(cell, run, running=True).reason == f"running: step 5 of {cell.steps}"
+    assert result_of(cell, run, End(75, "asked to leave")).reason == f"cut: step 5 of {cell.steps}"
+    broken = result_of(cell, run, End(1, "error: no space left"))
+    assert (broken.status, broken.reason) == (
+        "excluded",
+        f"failed (exit code 1) at step 5 of {cell.steps}: error: no space left",
+    )
+    gave_up = End(1, "RuntimeError: step 5: 10 steps, again (health.max_rollbacks 3): lower optimizer.lr")
+    assert result_of(cell, run, gave_up).reason.startswith(f"diverged at step 5 of {cell.steps}: ")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": cell.steps, "time": 9, "val/nelbo": "nan"}) + "\n")
+    assert result_of(cell, run, End(0)).reason == "diverged: the validation loss at the last step is nan"
+    assert result_of(cell, run, End(0)).final
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write("no json at all\n")
+    assert result_of(cell, run).reason.startswith("failed: ")
+
+
+def test_a_loss_above_that_of_frequencies_counts_but_is_noted(planned):
+    spool(planned, 0, planned.cells[0].steps, **VALIDATION | {"val/nelbo": 5.2})
+    found = Results(planned).of(planned.cells[0])
+    assert (found.status, found.loss, found.note) == (
+        "done",
+        5.2,
+        "its loss 5.2000 is above 5.0000, that of token frequencies alone",
+    )
+
+
+def test_a_validation_before_the_last_step_is_no_result(planned):
+    spool(planned, 0, planned.cells[0].steps - 1, **VALIDATION)
+    assert result_of(planned.cells[0], planned.run_folder(planned.cells[0])).reason.startswith("cut: step ")
+
+
+def test_how_cells_ended_outlives_the_command(planned):
+    results = Results(planned)
+    results.ended(planned.cells[0], End(2, "error: no shards", 1))
+    (planned.folder / "results.csv").unlink(missing_ok=True)
+    again = Results(planned)
+    assert again.ends == {planned.cells[0].id: End(2, "error: no shards", 1)}
+    assert "failed (exit code 2)" in again.of(planned.cells[0]).reason
+    (planned.folder / "ends.json").write_text("[]")
+    assert Results(planned).ends == {}
+
+
+def test_the_last_word_is_the_error_and_not_what_was_said_behind_it(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("error: of an earlier start\nstep 1\nerror: the shards are gone\nbye\n")
+    assert last_word(log) == "error: the shards are gone"
+    start = len("error: of an earlier start\n")
+    assert last_word(log, start) == "error: the shards are gone"
+    log.write_text("Traceback (most recent call last):\n  File x\nRuntimeError: lower optimizer.lr\nwatch: gone\n")
+    assert last_word(log) == "RuntimeError: lower optimizer.lr"
+    log.write_text("step 1\nstep 2\n\n")
+    assert (
+        last_word(log) == "step 2" and last_word(log, log.stat().st_size) == "" and last_word(tmp_path / "none") == ""
+    )
+
+
+def test_cells_share_cores_and_gpus(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert [environment(place, 2, 2, 4)["CUDA_VISIBLE_DEVICES"] for place in (0, 1)] == ["0,1", "2,3"]
+    assert environment(0, 2, 2, 3)["CUDA_VISIBLE_DEVICES"] == ""  # not enough for all: on processors
+    assert environment(0, 2, 2, 0)["OMP_NUM_THREADS"] == "2" and "WORLD_SIZE" not in environment(0, 1, 1, 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert environment(1, 2, 1, 2)["CUDA_VISIBLE_DEVICES"] == "7"
+
+
+def test_what_array_tasks_said_is_read_from_their_logs(tmp_path):
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    start = "[2026-01-01 00:00:00 job 7_1] start 0 of cell 1, /a b/runs/masked-s, on n1\n"
+    end = "[2026-01-01 00:00:09 job 7_1] the ranks ended with code {}\n"
+    (logs / "slurm-7-1.out").write_text(start + end.format(75) + start + "error: no shards\n" + end.format(2))
+    (logs / "slurm-7-2.out").write_text(start.replace("masked-s", "masked-m"))
+    assert {name: end for name, (_, end) in slurm_ends(tmp_path).items()} == {"masked-s": End(2, "error: no shards", 2)}
+
+
+def test_a_folder_that_is_no_study_is_one_line(tmp_path):
+    from data.errors import InputError
+    from pretrain.study.command_run import run
+
+    (tmp_path / "none").mkdir()
+    with pytest.raises(InputError, match="no plan.json, so this is no planned study"):
+        run([str(tmp_path / "none")])
+    assert not list(Path(tmp_path / "none").iterdir())
