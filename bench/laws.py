@@ -28,9 +28,9 @@ import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 
 from bench.tables import Table as Printed  # noqa: E402
-from pretrain.study.fit import fit_table  # noqa: E402
-from pretrain.study.laws import Cost, Surface, published  # noqa: E402
-from pretrain.study.table import NUMERIC, TEXT, Table  # noqa: E402
+from pretrain.study.fitting.fit import fit_table  # noqa: E402
+from pretrain.study.fitting.laws import Cost, Surface, published  # noqa: E402
+from pretrain.study.fitting.table import NUMERIC, TEXT, Table  # noqa: E402
 
 COST = Cost()
 LEAST = 0.9  # of the trials

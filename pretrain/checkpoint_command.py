@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -28,6 +27,7 @@ from parallel.checkpoint_reader import (
 )
 from parallel.errors import CheckpointError
 from parallel.shape import ModelShape, parameter_table
+from pretrain.json_file import write_json
 from pretrain.loop.trouble import describe as describe_trouble
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -109,7 +109,7 @@ def inspect(path: str, json_file: Optional[str] = None, norms: bool = False) -> 
     """Prints the newest checkpoint of `path`; the same as JSON to `json_file`. Returns the exit code."""
     found = describe(checkpoints_at(path)[-1], norms)
     if json_file:
-        _write_json(json_file, found)
+        write_json(json_file, found)
     for key, value in found.items():
         if isinstance(value, dict):
             value = ", ".join(f"{k} {v}" for k, v in value.items())
@@ -124,13 +124,6 @@ def inspect(path: str, json_file: Optional[str] = None, norms: bool = False) -> 
         shape = "x".join(map(str, t["shape"]))
         print(f"{t['name']:<{width}}  {shape:<18} {t['dtype']:<9} {t['boxes']:>6} {t['bytes']:>15,}{norm}")
     return 0
-
-
-def _write_json(file: str, content: Any) -> None:
-    try:
-        Path(file).write_text(json.dumps(content, indent=1) + "\n")
-    except OSError as error:
-        raise InputError(f"--json {file}: cannot be written ({error.strerror})") from None
 
 
 def verify(path: str, json_file: Optional[str] = None) -> int:
@@ -148,7 +141,7 @@ def verify(path: str, json_file: Optional[str] = None) -> int:
         reports.append({"checkpoint": str(folder), "findings": found})
     print(f"{len(reports) - bad} of {len(reports)} checkpoints are whole")
     if json_file:
-        _write_json(json_file, reports)
+        write_json(json_file, reports)
     return 2 if bad else 0
 
 

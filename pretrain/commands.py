@@ -244,7 +244,9 @@ def _study(arguments: Sequence[str]) -> int:
         from pretrain.study.command_report import report
 
         return report(arguments[1:])
-    raise InputError("study: say `study plan`, `study run`, `study fit` or `study report`; `study --help` says what they do")
+    raise InputError(
+        "study: say `study plan`, `study run`, `study fit` or `study report`; `study --help` says what they do"
+    )
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
 from data.errors import InputError
 from data.inspect import describe, lines
@@ -17,6 +14,7 @@ from data.progress import ByteProgress, duration
 from data.remote_options import DEFAULT_FOLDER, CacheOptions
 from data.shard_set import ShardSet
 from data.verify import verify_set
+from pretrain.json_file import write_json
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def verify(options: VerifyOptions) -> int:
         on_fault=lambda line: print(line, flush=True),
     )
     if options.json:
-        _write_json(options.json, asdict(report))
+        write_json(options.json, asdict(report))
     looked_at = (
         f"{report.shards:,} shards, {report.bytes / 1e9:,.2f} GB, {report.tokens:,} tokens,"
         f" {report.documents:,} documents in {duration(time.monotonic() - begun)}"
@@ -104,7 +102,7 @@ def inspect(options: InspectOptions) -> int:
         raise InputError(f"--batch {options.batch}: must be at least 0, where 0 shows no samples")
     found = describe(options.location, options.chunks, _cache(options))
     if options.json:
-        _write_json(options.json, found)
+        write_json(options.json, found)
     print("\n".join(lines(found)))
     if options.batch:
         from pretrain.inspect_batch import View, batch_lines  # torch and the stages of training
@@ -118,10 +116,3 @@ def inspect(options: InspectOptions) -> int:
 
 def _cache(options: VerifyOptions | InspectOptions) -> CacheOptions:
     return CacheOptions(options.cache, options.cache_bytes, options.retries, options.timeout_seconds)
-
-
-def _write_json(file: str, content: Any) -> None:
-    try:
-        Path(file).write_text(json.dumps(content, indent=1) + "\n")
-    except OSError as error:
-        raise InputError(f"--json {file}: cannot be written ({error.strerror})") from None

@@ -18,10 +18,12 @@ from parallel.engine import AdamWOptions, Engine
 from parallel.engines import build_engine
 from parallel.mesh import Mesh, build_mesh, world_from_environment
 from pretrain.config import Config
+from pretrain.launch import launch_name
 from pretrain.load_config import to_dict
 from pretrain.loop.broken_step import find_broken
 from pretrain.loop.feed import Feed, Step
 from pretrain.loop.preemption import ASKS_FOR_REQUEUE, Preemption
+from pretrain.loop.preflight import Plan, hold, preflight
 from pretrain.loop.profiling import OFF, ProfileOptions, Profiling, profiler_for
 from pretrain.loop.reports import Reports
 from pretrain.loop.roll_back import restore, roll_back
@@ -34,10 +36,8 @@ from pretrain.lr_schedule import learning_rate
 from pretrain.metrics import largest_over_ranks, sum_over_ranks, token_sums, train_metrics
 from pretrain.model import build_chunks, parallel_layout
 from pretrain.objective import row_length, row_loss_of
-from pretrain.preflight import Plan, hold, preflight
 from pretrain.watching.first_failure import failing_together
 from pretrain.watching.heartbeat import Heartbeat, collective_counts
-from pretrain.watching.launch import launch_name
 from pretrain.watching.rank_log import RankLog
 from pretrain.watching.restarts import record_attempt
 from pretrain.watching.stacks import register_stack_dump

@@ -6,7 +6,6 @@ in trouble) becomes a finding.
 
 from __future__ import annotations
 
-import json
 import sys
 import textwrap
 import threading
@@ -19,6 +18,7 @@ from data.errors import InputError
 from pretrain.doctor import checks as look
 from pretrain.doctor.checks import Finding, Machine
 from pretrain.doctor.probes import REPOSITORY, one_line
+from pretrain.json_file import write_json
 
 CHECK_SECONDS = 10.0
 
@@ -102,5 +102,5 @@ def doctor(json_path: str | None = None, folder: str = ".") -> int:
     findings = run_doctor(folder)
     print_doctor(findings)
     if json_path:
-        Path(json_path).write_text(json.dumps({"findings": [asdict(f) for f in findings]}, indent=2) + "\n")
+        write_json(json_path, {"findings": [asdict(f) for f in findings]})
     return 0

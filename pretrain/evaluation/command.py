@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Literal, Optional
 
 from data.errors import InputError
 from data.shard_set import ShardSet
 from pretrain.evaluation.evaluated_run import EvaluatedRun
 from pretrain.evaluation.likelihood import LikelihoodOptions
+from pretrain.json_file import write_json
 from pretrain.training_data import open_set
 from pretrain.watching.first_failure import failing_together
 
@@ -88,7 +86,7 @@ def evaluate(options: EvaluateOptions) -> int:
         if run.mesh.rank == 0:
             print("\n".join(lines))
             if options.json:
-                _write_json(options.json, found)
+                write_json(options.json, found)
     return 0
 
 
@@ -163,19 +161,3 @@ def _shard_set(run: EvaluatedRun, location: str) -> ShardSet:
             f"(prepare --tokenizer {run.folder.parent.parent / 'tokenizer.json'})"
         )
     return shards
-
-
-def _write_json(file: str, content: Any) -> None:
-    try:
-        Path(file).write_text(json.dumps(_plain(content), indent=1, allow_nan=False, default=str) + "\n")
-    except OSError as error:
-        raise InputError(f"--json {file}: cannot be written ({error.strerror})") from None
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no number for what is not known."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

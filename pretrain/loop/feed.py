@@ -12,9 +12,9 @@ from data.loader import Slice, training_batches
 from parallel.mesh import Mesh
 from pretrain.config import Config
 from pretrain.loop.bad_shards import BadShards
+from pretrain.loop.preflight import Plan
 from pretrain.metrics import global_counts
 from pretrain.objective import batch_form, lookahead, normalizer
-from pretrain.preflight import Plan
 from pretrain.training_data import stage_options
 
 

@@ -8,10 +8,10 @@ from data.tokenizer import load_tokenizer
 from parallel.engine import Engine
 from pretrain.config import Config
 from pretrain.evaluation.validation import Validation
+from pretrain.loop.preflight import Plan
 from pretrain.loop.run_record import RunRecord
 from pretrain.loop.sample_log import log_samples
 from pretrain.predictor import objective_of
-from pretrain.preflight import Plan
 from pretrain.watching.heartbeat import Heartbeat
 
 

@@ -18,8 +18,8 @@ from parallel.errors import CheckpointError
 from parallel.initialise import initialise_boxes
 from parallel.mesh import Mesh
 from pretrain.config import Config
+from pretrain.loop.preflight import Plan
 from pretrain.loop.stream_position import StreamPosition
-from pretrain.preflight import Plan
 from pretrain.training_data import check_enough
 
 SET_ASIDE = "set-aside-"  # before the name of a checkpoint that was made while trouble was under way

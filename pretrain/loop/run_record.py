@@ -13,8 +13,8 @@ from parallel.mesh import Mesh
 from pretrain.config import Config
 from pretrain.console import TrainingDisplay
 from pretrain.load_config import save_config, to_dict
+from pretrain.loop.preflight import Plan, init_note
 from pretrain.objective import not_a_bound
-from pretrain.preflight import Plan, init_note
 from pretrain.tracking.metric_log import MetricLog, truncate_metrics
 from pretrain.tracking.shipper import Shipper
 from pretrain.tracking.shipping import read_state

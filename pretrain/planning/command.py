@@ -11,12 +11,12 @@ from typing import Optional
 from data.errors import InputError
 from pretrain.arguments import parser_of
 from pretrain.config import Config
+from pretrain.json_file import write_json
 from pretrain.load_config import config_parser, parse
 from pretrain.planning.cluster import read_cluster
 from pretrain.planning.display import plan_lines, search_lines
 from pretrain.planning.plan import Question, plan_of, verdict_of_layout
 from pretrain.planning.search import search
-from pretrain.status.command import write_json
 from pretrain.terminal import coloured
 
 HELP = """plan: parameters, memory, FLOPs, communication, time and cost of a run; needs no GPU and starts nothing

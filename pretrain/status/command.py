@@ -6,15 +6,14 @@ torch, so that it works on a login node beside a run, after it, and in the middl
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 from data.errors import InputError
+from pretrain.json_file import write_json
 from pretrain.status.display import moment, screen, table
 from pretrain.status.records import Job, Records, is_run, queue, read_records
 from pretrain.status.report import Report, describe
@@ -77,18 +76,3 @@ def _show(reports: list[Report], one: bool, again: bool) -> None:
         text = "\n".join(lines)
         text = f"\x1b[H{text}\n\x1b[J" if out.isatty() else f"{text}\n"
     print(text, flush=True)
-
-
-def write_json(file: str, content: Any) -> None:
-    """Writes JSON to `file`, which is never seen half-written. InputError if it cannot be written."""
-    text = json.dumps(content, indent=1, allow_nan=False, default=str) + "\n"
-    path = Path(file)
-    try:
-        if path.exists() and not path.is_file():  # a pipe, /dev/stdout
-            path.write_text(text)
-            return
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"--json {file}: cannot be written ({error.strerror})") from None

@@ -3,15 +3,13 @@ found."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from data.errors import InputError
 from pretrain.arguments import parse, parser_of
+from pretrain.json_file import write_json
 
 DESCRIPTION = (
     "study fit: scaling laws of a study's folder, or of any CSV with columns N, D, loss (and C; without it C = 6 N D). "
@@ -39,9 +37,9 @@ def fit(arguments: Sequence[str]) -> int:
     for budget in values.predict:
         if not (math.isfinite(budget) and budget > 0):
             raise InputError(f"study fit: --predict is {budget:g}; give FLOPs above 0, as 1e21")
-    from pretrain.study.fit import fit_table
-    from pretrain.study.summary import summary
-    from pretrain.study.table import read_table
+    from pretrain.study.fitting.fit import fit_table
+    from pretrain.study.fitting.summary import summary
+    from pretrain.study.fitting.table import read_table
 
     table = read_table(values.path)
     target = Path(values.json) if values.json else table.study / "fit.json" if table.study else None
@@ -51,19 +49,8 @@ def fit(arguments: Sequence[str]) -> int:
         )
     found = fit_table(table, values.samples, values.seed, tuple(values.predict))
     if target is not None:
-        write(target, found)  # before anything is printed: a closed pipe must not lose it
+        write_json(target, found, "study fit: ")  # before anything is printed: a closed pipe must not lose it
     print(summary(found))
     if target is not None:
         print(f"\nwritten: {target}")
     return 0
-
-
-def write(file: Path, content: dict[str, Any]) -> None:
-    """Replaced as a whole: a reader never sees half of it."""
-    fresh = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        fresh.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        fresh.replace(file)
-    except OSError as error:
-        fresh.unlink(missing_ok=True)
-        raise InputError(f"study fit: {file} cannot be written ({error.strerror}); name another with --json") from None

@@ -8,9 +8,9 @@ from typing import Any, Optional
 from data.errors import InputError
 from pretrain.arguments import flag, parse, parser_of
 from pretrain.flops import PEAK_FLOPS
-from pretrain.study.costs import Rate, table
-from pretrain.study.plan import Plan, hold, make_plan, write_plan
-from pretrain.study.spec import load_study
+from pretrain.study.design.costs import Rate, table
+from pretrain.study.design.plan import Plan, hold, make_plan, write_plan
+from pretrain.study.design.spec import load_study
 
 DESCRIPTION = """study plan: budgets, sizes and rules -> cells with stable ids, and what they cost.
 `study plan STUDY.yaml [--study.key value ...]` writes STUDY/plan.json and a config of `train` for each cell. Planning again changes

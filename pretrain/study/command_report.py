@@ -8,7 +8,7 @@ from collections.abc import Sequence
 def report(arguments: Sequence[str]) -> int:
     """`study report PATH [options]`: writes the report and says where it is. Returns 0, also where parts were refused."""
     from pretrain.arguments import parse, parser_of
-    from pretrain.study.report import ReportOptions, write_report
+    from pretrain.study.report.report import ReportOptions, write_report
 
     parser = parser_of(f"study report: {(ReportOptions.__doc__ or '').splitlines()[0]}")
     parser.add_argument("path", help="a study's folder in which `study fit` has left fit.json, or such a file")

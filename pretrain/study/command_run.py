@@ -11,16 +11,16 @@ from typing import Any, Optional
 from data.errors import InputError
 from pretrain.arguments import flag, parse, parser_of
 from pretrain.quantities import duration
-from pretrain.study.cells import Cell
 from pretrain.study.command_plan import add_rate, rate_of, split_overrides
-from pretrain.study.corpus import write_part
-from pretrain.study.costs import Rate, measured_rate, table
-from pretrain.study.local_queue import LocalQueue, listening
-from pretrain.study.plan import Planned, hold, make_plan, open_study, write_plan
-from pretrain.study.results import Results
-from pretrain.study.slurm import SlurmOptions, slurm_ends, submit_study
-from pretrain.study.spec import load_study
-from pretrain.study.tracking import StudyShipper, ship_study
+from pretrain.study.design.cells import Cell
+from pretrain.study.design.corpus import write_part
+from pretrain.study.design.costs import Rate, measured_rate, table
+from pretrain.study.design.plan import Planned, hold, make_plan, open_study, write_plan
+from pretrain.study.design.spec import load_study
+from pretrain.study.running.local_queue import LocalQueue, listening
+from pretrain.study.running.results import Results
+from pretrain.study.running.slurm import SlurmOptions, slurm_ends, submit_study
+from pretrain.study.running.tracking import StudyShipper, ship_study
 
 FLAGS = ("--slurm", "--collect", "--chain_fit", "--cpu", "--dry_run")
 DESCRIPTION = """study run: trains the cells of a study that are not done, here or (--slurm) as an array job.

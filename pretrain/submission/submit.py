@@ -5,8 +5,6 @@ from __future__ import annotations
 import getpass
 import os
 import shlex
-import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +14,10 @@ from data.errors import InputError
 from pretrain.addresses import plain_address
 from pretrain.config import Config
 from pretrain.load_config import config_parser, parse
+from pretrain.submission.ask import ask
 from pretrain.submission.checks import case_of, check_data, check_layout, check_memory, check_run, check_time
 from pretrain.submission.package import ROOT, SCRIPT, forget, package
 
-SLURM_SECONDS = 60  # longest wait for an answer of Slurm's
 ENVIRONMENT = ROOT / "slurm" / "h800.env"
 
 
@@ -97,7 +95,7 @@ def submit(arguments: Sequence[str]) -> int:
     try:
         (folder / "logs").mkdir(exist_ok=True)
         command = _command(config, options, folder, packed, [job for job, _ in earlier])
-        job = _ask(command).split(";")[0]
+        job = ask(command).split(";")[0]
     except InputError:
         forget(packed)
         raise
@@ -169,22 +167,6 @@ def _comment(folder: Path) -> str:
 
 def jobs_of(folder: Path, name: str) -> list[tuple[str, str]]:
     """(job, state) of every job of this run that waits or runs, whoever submitted it."""
-    lines = _ask(["squeue", "--noheader", f"--name={name}", "--format=%i|%T|%k"]).splitlines()
+    lines = ask(["squeue", "--noheader", f"--name={name}", "--format=%i|%T|%k"]).splitlines()
     found = [line.split("|", 2) for line in lines if line.count("|") >= 2]
     return [(job, state) for job, state, comment in found if comment == _comment(folder)]
-
-
-def _ask(command: Sequence[str]) -> str:
-    """What one of Slurm's commands prints; InputError with its own words if it fails."""
-    if shutil.which(command[0]) is None:
-        raise InputError(f"{command[0]} is not found: submit from a login node of the Slurm cluster")
-    # What Slurm sets in a job, and what overrides options, is not meant for a job that is submitted from it.
-    environ = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_")) or k == "SLURM_CONF"}
-    try:
-        done = subprocess.run(command, env=environ, text=True, capture_output=True, timeout=SLURM_SECONDS)
-    except subprocess.TimeoutExpired:
-        raise InputError(f"{command[0]} did not answer within {SLURM_SECONDS} s: see `scontrol ping`") from None
-    if done.returncode:
-        lines = (done.stderr or done.stdout).strip().splitlines() or ["no reason given"]
-        raise InputError(f"{command[0]}: {' / '.join(lines)[:400]}")
-    return done.stdout.strip()

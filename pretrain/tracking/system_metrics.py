@@ -13,10 +13,10 @@ from typing import Optional
 
 import psutil
 
+from pretrain.launch import rank_and_world
 from pretrain.tracking.gpu_metrics import Gpus
 from pretrain.tracking.spool import say_on_stderr
 from pretrain.tracking.system_spool import SystemSpool, claim_name
-from pretrain.watching.launch import rank_and_world
 
 _GIB = 2**30
 _INFINIBAND = Path("/sys/class/infiniband")

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
-from pretrain.watching.launch import launch_name
+from pretrain.launch import launch_name
 
 HEARTBEAT = "PALIMPSEST_HEARTBEAT"  # set by `watch`: the path of the file in memory
 PHASES = (

@@ -14,8 +14,8 @@ from typing import Any, Optional
 
 from parallel.checkpoint_names import latest, step_of
 from pretrain.config import HealthConfig
+from pretrain.launch import job_id, launch_name
 from pretrain.watching.faults import LEAVES, MISTAKE, fault_from, fault_path
-from pretrain.watching.launch import job_id, launch_name
 from pretrain.watching.restart_rules import LOST, Attempt, Decision, decide, step_words
 
 ENDED_BY = "PALIMPSEST_ENDED_BY"  # set by slurm/job.sh: what ended a start, as it saw it

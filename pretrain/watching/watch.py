@@ -20,11 +20,11 @@ from typing import Optional
 
 from data.errors import InputError
 from pretrain.config import HealthConfig
+from pretrain.launch import LAUNCH, launch_name, never_used_before, rank_and_world
 from pretrain.watching.cause import LastWords, how_it_ended, last_words, memory_kills
 from pretrain.watching.child import Child
 from pretrain.watching.faults import FAULT, INTERRUPTED, LEAVES, MISTAKE, Fault, FaultFile, stacks_folder
 from pretrain.watching.judge import STOPPED, Limits
-from pretrain.watching.launch import LAUNCH, launch_name, never_used_before, rank_and_world
 from pretrain.watching.observer import POLL_SECONDS, Observer
 from pretrain.watching.own import OwnRank
 from pretrain.watching.rank_log import log_path

@@ -300,7 +300,7 @@ def test_a_checkpoint_with_a_truncated_or_missing_file_is_named_before_anything_
 
 
 def test_a_run_folder_that_another_process_trains_in(capsys, corpus, tmp_path):
-    from pretrain.preflight import hold
+    from pretrain.loop.preflight import hold
 
     with hold(tmp_path / "r"):
         check_fails(capsys, arguments(corpus, tmp_path, "r"), str(tmp_path / "r"), "in use")
@@ -420,7 +420,7 @@ def test_what_an_address_keeps_secret_is_neither_stored_nor_shown():
 
 
 def test_a_check_of_every_byte_that_the_other_ranks_would_not_wait_for(capsys, corpus, tmp_path, monkeypatch):
-    from pretrain import preflight
+    from pretrain.loop import preflight
 
     monkeypatch.setattr(preflight, "VERIFIED_BYTES_A_SECOND", 1.0)
     for name, value in {

@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+from pretrain.launch import LAUNCH, launch_name, never_used_before, rank_and_world
 from pretrain.watching import heartbeat as module
 from pretrain.watching.heartbeat import (
     HEARTBEAT,
@@ -23,7 +24,6 @@ from pretrain.watching.heartbeat import (
     read_published,
     write_in_place,
 )
-from pretrain.watching.launch import LAUNCH, launch_name, never_used_before, rank_and_world
 from tests.distributed.launch import ROOT, environment
 
 

@@ -14,7 +14,7 @@ import pytest
 
 import data.loader
 import data.shard_files
-import pretrain.preflight
+import pretrain.loop.preflight
 from data.errors import InputError, ShardError
 from data.loader import Slice, StageOptions, training_batches
 from data.masking import MaskingOptions
@@ -23,7 +23,7 @@ from data.stream import Block
 from parallel.agreement import agreed
 from parallel.errors import CheckpointError
 from pretrain import cli
-from pretrain.preflight import hold
+from pretrain.loop.preflight import hold
 from tests.pretrain.test_training_run import arguments
 
 CODES = {
@@ -172,7 +172,7 @@ def test_a_folder_in_use_is_waited_for_only_where_slurm_started_the_job_again(ag
         monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
     else:
         monkeypatch.setenv("SLURM_RESTART_COUNT", again)
-    monkeypatch.setattr(pretrain.preflight, "HOLD_SECONDS", 1.2)
+    monkeypatch.setattr(pretrain.loop.preflight, "HOLD_SECONDS", 1.2)
     waits = again == "3"
     with hold(tmp_path / "r"):
         began = time.monotonic()
@@ -193,6 +193,6 @@ def test_a_lock_that_goes_while_it_is_waited_for_is_taken(tmp_path, monkeypatch)
         held.__exit__(None, None, None)
         sleep(0.01)
 
-    monkeypatch.setattr(pretrain.preflight.time, "sleep", gone)
+    monkeypatch.setattr(pretrain.loop.preflight.time, "sleep", gone)
     with hold(tmp_path / "r"):
         assert Path(tmp_path / "r" / ".lock").exists()

@@ -14,9 +14,9 @@ from parallel.boxes import Boxes
 from parallel.errors import CheckpointError
 from parallel.mesh import single_process_mesh
 from pretrain.config import Config, ModelConfig
+from pretrain.loop.preflight import Plan, preflight
 from pretrain.loop.roll_back import roll_back
 from pretrain.loop.stream_position import StreamPosition
-from pretrain.preflight import Plan, preflight
 
 MESH = single_process_mesh()
 

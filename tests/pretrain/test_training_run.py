@@ -20,8 +20,8 @@ from parallel import checkpoint
 from parallel.boxes import Boxes
 from parallel.shape import parameter_table
 from pretrain.load_config import config_from_dict, load_config
+from pretrain.loop.preflight import init_note, preflight
 from pretrain.model import model_shape
-from pretrain.preflight import init_note, preflight
 from tests.distributed.launch import ROOT, environment, run, start
 
 STEPS, KILLED_BEHIND, EVERY = 40, 14, 10

@@ -30,9 +30,9 @@ def main() -> None:
 
 
 def train(arguments: list[str]) -> None:
+    from pretrain.launch import launch_name, rank_and_world
     from pretrain.load_config import load_config
     from pretrain.watching.heartbeat import Heartbeat
-    from pretrain.watching.launch import launch_name, rank_and_world
     from pretrain.watching.rank_log import RankLog
     from pretrain.watching.stacks import register_stack_dump
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.study.plan import Planned, open_study
+from pretrain.study.design.plan import Planned, open_study
 from tests.pretrain.study.studies import write_study
 from tests.slurm.jobs import Job
 from tests.slurm.lab import ROOT, Lab

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from bench.laws import Design
-from pretrain.study.laws import Cost, Surface
-from pretrain.study.table import Table, read_table
+from pretrain.study.fitting.laws import Cost, Surface
+from pretrain.study.fitting.table import Table, read_table
 
 COST = Cost()
 

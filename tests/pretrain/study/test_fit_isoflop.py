@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from bench.laws import Design
-from pretrain.study.envelope import best_cells
-from pretrain.study.frontier import fit_loss_law, has_constant, power_law
-from pretrain.study.isoflop import Parabola, minima
-from pretrain.study.laws import Cost, Refused, published
+from pretrain.study.fitting.envelope import best_cells
+from pretrain.study.fitting.frontier import fit_loss_law, has_constant, power_law
+from pretrain.study.fitting.isoflop import Parabola, minima
+from pretrain.study.fitting.laws import Cost, Refused, published
 from tests.pretrain.study.planted import grid
 
 QUOKKA = published("quokka")

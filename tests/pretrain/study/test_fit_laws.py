@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data.errors import InputError
-from pretrain.study.laws import (
+from pretrain.study.fitting.laws import (
     PUBLISHED,
     Cost,
     effective_parameters,

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from bench.laws import Design
-from pretrain.study.laws import Cost, Refused, published
-from pretrain.study.parametric import DELTA, Space, fit_parametric, minimise, objective, starts, terms
-from pretrain.study.solver import huber, solve
+from pretrain.study.fitting.laws import Cost, Refused, published
+from pretrain.study.fitting.parametric import DELTA, Space, fit_parametric, minimise, objective, starts, terms
+from pretrain.study.fitting.solver import huber, solve
 from tests.pretrain.study.planted import grid
 
 

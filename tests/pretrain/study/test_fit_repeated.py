@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from bench.laws import Design
-from pretrain.study.data_constrained import fit_repeated, repeated
-from pretrain.study.fit import fit_table
-from pretrain.study.laws import Refused, published
+from pretrain.study.fitting.data_constrained import fit_repeated, repeated
+from pretrain.study.fitting.fit import fit_table
+from pretrain.study.fitting.laws import Refused, published
 from tests.pretrain.study.planted import grid, table
 
 LAW, R_STAR = published("chinchilla"), 15.4  # R* of Muennighoff et al.

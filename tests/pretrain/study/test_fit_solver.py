@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
 
-from pretrain.study.solver import huber, solve
+from pretrain.study.fitting.solver import huber, solve
 
 
 def location(x):

@@ -9,8 +9,8 @@ import pytest
 
 from bench.laws import Design
 from data.errors import InputError
-from pretrain.study.laws import published
-from pretrain.study.table import cells_of, read_table
+from pretrain.study.fitting.laws import published
+from pretrain.study.fitting.table import cells_of, read_table
 from tests.pretrain.study.planted import grid, table, write
 
 GOOD = grid(published("quokka"), Design(3, 3), 0.002)

@@ -14,10 +14,10 @@ import pytest
 from bench.laws import Design
 from data.errors import InputError
 from pretrain.study.command_fit import fit
-from pretrain.study.fit import fit_table
-from pretrain.study.frontier import fit_loss_law
-from pretrain.study.laws import Cost, published
-from pretrain.study.summary import summary
+from pretrain.study.fitting.fit import fit_table
+from pretrain.study.fitting.frontier import fit_loss_law
+from pretrain.study.fitting.laws import Cost, published
+from pretrain.study.fitting.summary import summary
 from tests.pretrain.study.planted import grid, loss_of, table, write
 
 QUOKKA, CHINCHILLA = published("quokka"), published("chinchilla_again")

@@ -14,14 +14,14 @@ from PIL import Image
 
 from data.errors import InputError
 from pretrain.study.command_report import report
-from pretrain.study.plots import NoPicture
-from pretrain.study.plots_frontier import frontier, gap, optima
-from pretrain.study.plots_isoflop import isoflop_curves
-from pretrain.study.plots_surface import loss_surface, residuals
-from pretrain.study.report import ReportOptions, write_report
-from pretrain.study.report_fit import read_fit
-from pretrain.study.report_numbers import count
-from pretrain.study.report_page import page
+from pretrain.study.report.fit_file import read_fit
+from pretrain.study.report.numbers import count
+from pretrain.study.report.page import page
+from pretrain.study.report.plots import NoPicture
+from pretrain.study.report.plots_frontier import frontier, gap, optima
+from pretrain.study.report.plots_isoflop import isoflop_curves
+from pretrain.study.report.plots_surface import loss_surface, residuals
+from pretrain.study.report.report import ReportOptions, write_report
 from tests.pretrain.study import fits
 
 VOID = {"meta", "img", "br"}

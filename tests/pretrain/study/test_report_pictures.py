@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pretrain.study.plots import Picture, file_name, log_ticks, range_of
-from pretrain.study.plots_frontier import frontier, optima
-from pretrain.study.plots_repeated import repeated_data
-from pretrain.study.plots_surface import law_of, loss_surface, predicted_loss, residuals
-from pretrain.study.references import REFERENCES, comparable
-from pretrain.study.report_fit import Fit, read_fit
-from pretrain.study.report_page import page
+from pretrain.study.report.fit_file import Fit, read_fit
+from pretrain.study.report.page import page
+from pretrain.study.report.plots import Picture, file_name, log_ticks, range_of
+from pretrain.study.report.plots_frontier import frontier, optima
+from pretrain.study.report.plots_repeated import repeated_data
+from pretrain.study.report.plots_surface import law_of, loss_surface, predicted_loss, residuals
+from pretrain.study.report.references import REFERENCES, comparable
 from tests.pretrain.study import fits
 
 

@@ -16,12 +16,12 @@ from pretrain.load_config import load_config
 from pretrain.lr_schedule import check_schedule
 from pretrain.planning.case import case_of, check_layout, masked_fraction
 from pretrain.study.command_report import report
-from pretrain.study.corpus import Corpus
-from pretrain.study.family import Size, load_family
-from pretrain.study.recommend import choose, recommend, rules_of
-from pretrain.study.recommend_shape import NEAR, shape_for
-from pretrain.study.report_fit import Number, read_fit
-from pretrain.study.report_next import next_budget
+from pretrain.study.design.corpus import Corpus
+from pretrain.study.design.family import Size, load_family
+from pretrain.study.report.fit_file import Number, read_fit
+from pretrain.study.report.next_budget import next_budget
+from pretrain.study.report.recommend import choose, recommend, rules_of
+from pretrain.study.report.recommend_shape import NEAR, shape_for
 from tests.pretrain.study import fits
 
 SPEC = {

@@ -19,15 +19,15 @@ from data.shard_set import ShardSet
 from parallel.shape import ModelShape, parameter_counts
 from pretrain.config import Config
 from pretrain.load_config import load_config
-from pretrain.study.cells import Cell
 from pretrain.study.command_plan import plan
-from pretrain.study.corpus import Corpus, write_part
-from pretrain.study.costs import Rate, measured_rate, table
-from pretrain.study.family import load_family
-from pretrain.study.identity import cell_id
-from pretrain.study.plan import Plan, make_plan, open_study, write_plan
-from pretrain.study.rules import micro_batch, value_of, whole_batch
-from pretrain.study.spec import RuleConfig, load_study, to_yaml
+from pretrain.study.design.cells import Cell
+from pretrain.study.design.corpus import Corpus, write_part
+from pretrain.study.design.costs import Rate, measured_rate, table
+from pretrain.study.design.family import load_family
+from pretrain.study.design.identity import cell_id
+from pretrain.study.design.plan import Plan, make_plan, open_study, write_plan
+from pretrain.study.design.rules import micro_batch, value_of, whole_batch
+from pretrain.study.design.spec import RuleConfig, load_study, to_yaml
 from pretrain.submission.slurm_cell import cell as slurm_cell
 from tests.pretrain.study.studies import SIZES, write_study
 
@@ -319,13 +319,13 @@ def test_data_that_are_not_there_are_a_mistake_but_for_a_dry_run(tmp_path, corpu
 
 
 def test_a_study_that_is_at_work_is_left_alone(tmp_path, corpus):
-    from pretrain.study.plan import hold
+    from pretrain.study.design.plan import hold
 
     study = write_study(tmp_path, corpus)
     holder = subprocess.Popen(
         [
             *(sys.executable, "-c"),
-            "import sys; from pathlib import Path; from pretrain.study.plan import hold\n"
+            "import sys; from pathlib import Path; from pretrain.study.design.plan import hold\n"
             "with hold(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()",
             str(tmp_path / "study"),
         ],

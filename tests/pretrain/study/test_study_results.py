@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from pretrain.study.command_plan import plan
-from pretrain.study.plan import Planned, open_study
-from pretrain.study.processes import environment, last_word
-from pretrain.study.results import COLUMNS, End, Result, Results, result_of
-from pretrain.study.slurm import slurm_ends
+from pretrain.study.design.plan import Planned, open_study
+from pretrain.study.running.processes import environment, last_word
+from pretrain.study.running.results import COLUMNS, End, Result, Results, result_of
+from pretrain.study.running.slurm import slurm_ends
 from tests.pretrain.study.studies import write_study
 
 VALIDATION = {"val/nelbo": 3.5, "val/nelbo_se": 0.02, "val/unigram_entropy": 5.0}

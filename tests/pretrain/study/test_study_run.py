@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.study.command_run import run
-from pretrain.study.plan import Planned, open_study
+from pretrain.study.design.plan import Planned, open_study
 from tests.pretrain.study.studies import write_study
 
 pytestmark = pytest.mark.timeout(900)  # real training on what may be two slow, shared cores
