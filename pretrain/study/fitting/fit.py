@@ -209,5 +209,6 @@ def _side(name: str, found: Objective, laws: Union[Parametric, Frontier, Refused
     if isinstance(laws, Refused):
         return None
     budgets = [float(np.exp(ln_C)) for ln_C, _ in found.cells.groups]
-    losses = [float(np.exp(found.optimum(laws, float(np.log(C)))[2].value)) for C in budgets]
-    return Side(name, lambda loss: laws.ln_compute(loss, found.cost), losses, budgets)
+    numbers = [found.optimum(laws, float(np.log(C)))[2].number() for C in budgets]
+    ranges = [(-np.inf if n["low"] is None else n["low"], np.inf if n["high"] is None else n["high"]) for n in numbers]
+    return Side(name, lambda loss: laws.ln_compute(loss, found.cost), [n["value"] for n in numbers], ranges, budgets)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 
@@ -16,11 +16,13 @@ POINTS = 5
 
 @dataclass(frozen=True)
 class Side:
-    """One objective of a gap. compute: loss -> ln C that reaches it; losses: optimal ones at its budgets (FLOPs)."""
+    """One objective of a gap. compute: loss -> ln C that reaches it; losses: optimal ones at its budgets (FLOPs), ranges: their
+    intervals."""
 
     name: str
     compute: Callable[[float], Estimate]
     losses: list[float]
+    ranges: list[tuple[float, float]]
     budgets: list[float]
 
     def beyond(self, ln_C: float) -> float:
@@ -33,7 +35,8 @@ def compute_gap(one: Side, other: Side) -> dict[str, Any]:
     """C of `other` / C of `one` at equal loss, with intervals.
 
     Where both were seen at the same losses the factor is interpolated; elsewhere `extrapolation` says how many times beyond its
-    budgets the further of the two is read. Refused where there is no loss that both reach.
+    budgets the further of the two is read. `seen`: what follows from the budgets alone (see bounds). Refused where there is no
+    loss that both reach.
     """
     low, high = max(min(one.losses), min(other.losses)), min(max(one.losses), max(other.losses))
     common = low < high
@@ -57,4 +60,19 @@ def compute_gap(one: Side, other: Side) -> dict[str, Any]:
         "factor": middle["factor"],
         "at_loss": middle["loss"],
         "note": note,
+        "seen": bounds(one, other),
     }
+
+
+def bounds(one: Side, other: Side) -> dict[str, Optional[float]]:
+    """{"at_least", "at_most"} of the factor, by no law but that more compute gives a lower loss; None where nothing is known.
+
+    If `other` at C' is still above what `one` reaches at C, by more than both intervals, it needs more than C' / C times as much
+    for that loss; if it is below, less.
+    """
+    pairs = [
+        (i, j, other.budgets[j] / one.budgets[i]) for i in range(len(one.budgets)) for j in range(len(other.budgets))
+    ]
+    more = [ratio for i, j, ratio in pairs if other.ranges[j][0] > one.ranges[i][1]]
+    less = [ratio for i, j, ratio in pairs if other.ranges[j][1] < one.ranges[i][0]]
+    return {"at_least": max(more, default=None), "at_most": min(less, default=None)}

@@ -186,6 +186,8 @@ def gap(fit: Fit) -> Optional[Drawn]:
     ]
     if not points:
         return NoPicture(name, title, "no loss is reached by both objectives")
+    if len(points) == 1 and points[0][1].low is None and points[0][1].high is None:
+        return NoPicture(name, title, "no loss was seen of both objectives, and what the fits say has no interval")
     points.sort(key=lambda p: p[0])
     made, (axes,) = figure(width=8.4, height=4.0)
     ends = [end for _, n, _ in points for end in _ends(n, 10.0)]

@@ -108,6 +108,12 @@ def test_the_gap_between_two_planted_laws_is_found_and_said_to_be_extrapolated_w
         true = np.exp(QUOKKA.ln_compute(at["loss"], Cost()) - CHINCHILLA.ln_compute(at["loss"], Cost()))
         assert at["factor"]["low"] <= true <= (at["factor"]["high"] or np.inf)
         assert at["extrapolation"] < 1.2 if common else at["extrapolation"] > 1.5
+    # By the budgets alone: at the losses that Chinchilla's law has at its own ones, Quokka's needs between so much and so much.
+    budgets = sorted({row["C"] for row in both(*pair) if row["objective"] == "autoregressive"})
+    losses = [CHINCHILLA.optimum(np.log(C), Cost())[2] for C in budgets]
+    true = [np.exp(QUOKKA.ln_compute(loss, Cost()) - CHINCHILLA.ln_compute(loss, Cost())) for loss in losses]
+    assert gap["seen"]["at_least"] is not None and gap["seen"]["at_least"] < max(true)
+    assert gap["seen"]["at_most"] is None or gap["seen"]["at_most"] > min(true)
 
 
 def test_every_number_lies_in_its_interval_and_bands_widen_with_extrapolation(tmp_path):

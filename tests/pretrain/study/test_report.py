@@ -213,6 +213,9 @@ def test_intervals_that_include_no_effect_are_said_to(tmp_path):
     masked["isoflop"]["N_exponent"] = {"value": 0.7, "low": 0.65, "high": 0.75}
     words = told(tmp_path, content).words
     assert "The interval includes 1: these cells do not show which of the two needs more." in words
+    content["gap"]["seen"] = {"at_least": 4.0, "at_most": None}
+    certain = told(tmp_path, content).words
+    assert "more than 4 times" in certain and "includes 1" not in certain
     assert words.count("is not pinned down by these cells") == 1
     assert "do not overlap: at least one of them is off here" in words
 
