@@ -195,7 +195,7 @@ def main() -> int:
     )
     if values.out:
         Path(values.out).write_text(json.dumps(figures, indent=1) + "\n")
-    return 0
+    return 1 if low else 0
 
 
 def _cell(counted: tuple[int, int, float], trials: int) -> str:

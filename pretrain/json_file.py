@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from data.errors import InputError
 
@@ -18,14 +19,21 @@ def write_json(file: str | Path, content: Any, called: str = "--json ") -> None:
     """
     text = json.dumps(plain(content), indent=1, allow_nan=False, default=str) + "\n"
     path = Path(file)
+    temporary: Optional[Path] = None
     try:
-        if path.exists() and not path.is_file():  # a pipe, /dev/stdout
+        if path.absolute().parts[1:2] in (("dev",), ("proc",)) or (
+            path.exists() and not path.is_file()
+        ):  # /dev/stdout, a pipe
             path.write_text(text)
             return
+        path = Path(os.path.realpath(path))  # a link stays one
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         temporary.write_text(text)
         os.replace(temporary, path)
     except OSError as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
         raise InputError(f"{called}{file}: cannot be written ({error.strerror})") from None
 
 

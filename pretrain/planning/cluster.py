@@ -58,7 +58,8 @@ def link_of(cluster: Cluster, ranks: int, stride: int) -> Link:
     """
     if ranks == 1:
         return Link(1, "", math.inf, 0.0)
-    if ranks * stride <= cluster.gpus_per_node:
+    span = ranks * stride
+    if span <= cluster.gpus_per_node and cluster.gpus_per_node % span == 0:  # else some group lies on two nodes
         return Link(ranks, "nvlink", cluster.nvlink * cluster.efficiency, cluster.latency)
     members = max(1, cluster.gpus_per_node // stride)
     rate = min(cluster.nvlink, members * cluster.network)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.errors import InputError
-from pretrain.arguments import parse, parser_of
+from pretrain.arguments import flag, parse, parser_of
 from pretrain.json_file import write_json
 
 DESCRIPTION = (
@@ -29,7 +29,13 @@ def fit(arguments: Sequence[str]) -> int:
         "--seed", type=int, default=0, help="seed of the bootstrap; the same seed gives the same numbers"
     )
     parser.add_argument("--predict", type=float, nargs="*", default=[], help="further budgets to predict, in FLOPs")
-    values = parse(parser, "study fit", arguments)
+    parser.add_argument(
+        "--optima",
+        type=bool,
+        default=False,
+        help="each budget's single cell is its optimum, found elsewhere (a published table); not for a study's folder",
+    )
+    values = parse(parser, "study fit", flag(arguments, "--optima"))
     if not 100 <= values.samples <= 100_000:
         raise InputError(f"study fit: --samples is {values.samples}; give 100 to 100000 (1000 is a good number)")
     if values.seed < 0:
@@ -41,7 +47,15 @@ def fit(arguments: Sequence[str]) -> int:
     from pretrain.study.fitting.summary import summary
     from pretrain.study.fitting.table import read_table
 
-    table = read_table(values.path)
+    if values.optima and Path(values.path).is_dir():
+        raise InputError("study fit: --optima is for a table of optima, a study's cells are no optima by themselves")
+    table = read_table(values.path, values.optima)
+    least = float(table.frame["budget"].fillna(table.frame["C"]).min())
+    for budget in values.predict:
+        if budget < 0.999 * least:
+            raise InputError(
+                f"study fit: --predict {budget:g} lies below the least budget; give {least:g} FLOPs or more"
+            )
     target = Path(values.json) if values.json else table.study / "fit.json" if table.study else None
     if target is not None and not target.absolute().parent.is_dir():
         raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,12 +16,13 @@ from pretrain.study.command_plan import add_rate, rate_of, split_overrides
 from pretrain.study.design.cells import Cell
 from pretrain.study.design.corpus import write_part
 from pretrain.study.design.costs import Rate, measured_rate, table
-from pretrain.study.design.plan import Planned, hold, make_plan, open_study, write_plan
+from pretrain.study.design.plan import Planned, begun, hold, make_plan, open_study, write_plan
 from pretrain.study.design.spec import load_study
 from pretrain.study.running.local_queue import LocalQueue, listening
 from pretrain.study.running.results import Results
 from pretrain.study.running.slurm import SlurmOptions, slurm_ends, submit_study
 from pretrain.study.running.tracking import StudyShipper, ship_study
+from pretrain.submission.submit import jobs_of
 
 FLAGS = ("--slurm", "--collect", "--chain_fit", "--cpu", "--dry_run")
 DESCRIPTION = """study run: trains the cells of a study that are not done, here or (--slurm) as an array job.
@@ -32,7 +34,7 @@ with its reason, and stops no other. Exit codes: 0 over, 1 over but no cell has 
 def run(arguments: Sequence[str]) -> int:
     """arguments: a study's YAML or folder, --study.key overrides, options. InputError for a mistake."""
     options, others = _options(arguments)
-    folder = _folder(options.study, others, options.dry_run)
+    folder = _folder(options.study, others, options.dry_run, options.collect)
     with hold(folder) if not options.dry_run else contextlib.nullcontext():
         said = _plan(options, others)
         planned = open_study(folder)
@@ -56,6 +58,10 @@ def run(arguments: Sequence[str]) -> int:
         if options.slurm:
             print(*submit_study(planned, waiting, _slurm_options(options)), sep="\n")
             return 0
+        if there := _jobs_of(planned):
+            raise InputError(
+                f"study {folder} has a job already: {there[0][0]} ({there[0][1].lower()}); wait for it, or scancel it"
+            )
         return _here(planned, results, waiting, rate, options)
 
 
@@ -99,11 +105,16 @@ def _slurm_options(options: Any) -> SlurmOptions:
     return SlurmOptions(**{name: getattr(options, name) for name in SlurmOptions.__dataclass_fields__})
 
 
-def _folder(given: str, overrides: Sequence[str], dry_run: bool) -> Path:
+def _folder(given: str, overrides: Sequence[str], dry_run: bool, collect: bool) -> Path:
     if Path(given).is_dir():
         if overrides:
             raise InputError(f"study run: {given} is planned already: give its YAML to run it with {overrides[0]}")
-        open_study(Path(given))  # a folder that is no study must not get a lock file
+        found = open_study(Path(given))  # a folder that is no study must not get a lock file
+        if not collect and found.study.folder.resolve() != Path(given).resolve():
+            raise InputError(
+                f"study run: {given} was planned as {found.study.folder}, where its cells would be trained: run it there, or "
+                "plan it with another study.dir or study.name"
+            )
         return Path(given)
     if dry_run:
         raise InputError(
@@ -154,6 +165,8 @@ def _make_parts(planned: Planned, cells: Sequence[Cell]) -> None:
 def _here(planned: Planned, results: Results, cells: Sequence[Cell], rate: Optional[Rate], options: Any) -> int:
     import torch
 
+    gpus = torch.cuda.device_count()
+    jobs = _jobs_on(gpus, planned.study.ranks, options.jobs)
     began = time.monotonic()
     with listening() as asked:
         shipper = StudyShipper(planned, _say)
@@ -162,8 +175,8 @@ def _here(planned: Planned, results: Results, cells: Sequence[Cell], rate: Optio
                 planned,
                 results,
                 asked,
-                jobs=min(options.jobs, len(cells)),
-                gpus=torch.cuda.device_count(),
+                jobs=jobs,
+                gpus=gpus,
                 timeout=options.timeout,
                 seconds_of=lambda cell: rate.seconds(cell) if rate else None,
                 say=_say,
@@ -175,16 +188,43 @@ def _here(planned: Planned, results: Results, cells: Sequence[Cell], rate: Optio
     return code or _code(planned, results)
 
 
+def _jobs_on(gpus: int, ranks: int, jobs: int) -> int:
+    """How many cells train at a time: with GPUs, no more than have one for each of their ranks. InputError if not even one has."""
+    if not gpus:
+        return jobs
+    if gpus < ranks:
+        raise InputError(
+            f"study run: a cell has study.ranks {ranks}, and {gpus} GPUs are seen here: set study.ranks {gpus} or fewer, use "
+            "--slurm, or train on CPUs with CUDA_VISIBLE_DEVICES= in the environment"
+        )
+    if jobs * ranks > gpus:
+        _say(f"{gpus // ranks} cells at a time instead of {jobs}: {gpus} GPUs are seen here")
+    return min(jobs, gpus // ranks)
+
+
+def _jobs_of(planned: Planned) -> list[tuple[str, str]]:
+    """(job, state) of what Slurm has of this study; none where there is no Slurm."""
+    if shutil.which("squeue") is None:
+        return []
+    try:
+        return jobs_of(planned.folder.absolute(), planned.study.name)
+    except InputError:  # a Slurm that does not answer
+        return []
+
+
 def _collect(planned: Planned, results: Results) -> int:
     """What the run folders and the jobs' logs say now."""
     for name, (_, end) in slurm_ends(planned.folder).items():
         results.ends.setdefault(name, end)
         if end.tries >= results.ends[name].tries:
             results.ends[name] = end
-    results.write()
-    print(*_summary(planned, results), sep="\n")
+    at_work: frozenset[str] = frozenset()
+    if _jobs_of(planned):
+        at_work = frozenset(cell.id for cell in planned.runnable() if begun(planned.folder, cell.id))
+    results.write(at_work)
+    print(*_summary(planned, results, at_work), sep="\n")
     try:
-        sent = ship_study(planned, results, wait=30.0)
+        sent = ship_study(planned, results, wait=30.0, at_work=bool(at_work))
         if planned.tracking_uri is not None:
             print(f"MLflow: {sent} points shipped")
     except Exception as error:  # a dead server is no reason to have no results
@@ -200,8 +240,8 @@ def _code(planned: Planned, results: Results) -> int:
     return 0 if any(results.of(cell).status == "done" for cell in planned.cells) else 1
 
 
-def _summary(planned: Planned, results: Results) -> Iterator[str]:
-    found = {cell.id: results.of(cell) for cell in planned.cells}
+def _summary(planned: Planned, results: Results, at_work: frozenset[str] = frozenset()) -> Iterator[str]:
+    found = {cell.id: results.of(cell, cell.id in at_work) for cell in planned.cells}
     for name, one in found.items():
         if one.status != "done":
             yield f"{one.status}: {name}: {one.reason}"

@@ -98,6 +98,7 @@ def stand_in(root: Path, **options) -> StandIn:
     shutil.copyfile(Path(__file__).with_name("stand_in.py"), package / "__main__.py")
     (folder / "code" / "slurm").mkdir()
     for kept in ("pretrain/submission/slurm_start.py", "slurm/job.sh"):
+        (folder / "code" / kept).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / kept, folder / "code" / kept)
     files = sorted(path.relative_to(folder / "code") for path in (folder / "code").rglob("*") if path.is_file())
     (folder / "code.sha256").write_text(hash_list(folder / "code", files))

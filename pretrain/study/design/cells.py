@@ -12,14 +12,16 @@ from typing import Any, Optional
 
 from data.errors import InputError
 from parallel.shape import ModelShape, parameter_counts
+from pretrain.addresses import without_credentials
 from pretrain.config import Config, ObjectiveConfig
 from pretrain.flops import flops_per_token_in
 from pretrain.load_config import load_config
 from pretrain.lr_schedule import check_schedule
 from pretrain.planning.case import case_of, check_layout, check_memory, masked_fraction
+from pretrain.planning.plan import check_objective
 from pretrain.study.design.corpus import Corpus, part_of
 from pretrain.study.design.family import Size
-from pretrain.study.design.identity import cell_id
+from pretrain.study.design.identity import cell_id, plain
 from pretrain.study.design.rules import micro_batch, value_of, whole_batch
 from pretrain.study.design.spec import StudyConfig
 
@@ -64,13 +66,27 @@ def base_config(study: StudyConfig) -> Config:
     if not Path(study.base).is_file():
         raise InputError(f"study.base: no file {study.base}: name a config of `train`")
     words = [
-        f"--{key}={json.dumps(value) if isinstance(value, (list, dict)) else value}"
+        f"--{key}={value if isinstance(value, (str, float)) else json.dumps(value)}"
         for key, value in study.overrides.items()
     ]
     try:
         base = load_config(["--config", study.base, *words])
     except InputError as error:
         raise InputError(f"study.base {study.base} with study.overrides: {error}") from None
+    values = plain(base)
+    if values != without_credentials(values):
+        raise InputError(
+            "study.base: an address in it holds a user, a password or a query, which no stored config may: use the environment"
+        )
+    check_objective(base)
+    for key, value in (
+        ("optimizer.lr", base.optimizer.lr),
+        ("train.micro_batch_size", base.train.micro_batch_size),
+        ("train.global_batch_size", base.train.global_batch_size),
+        ("data.sequence_length", base.data.sequence_length),
+    ):
+        if value <= 0:
+            raise InputError(f"study.base: {key} is {value}, it must be positive")
     if base.optimizer.schedule == "stages":
         raise InputError(
             "study.base: optimizer.schedule is stages, whose steps no cell could follow: wsd, cosine or constant"
@@ -101,7 +117,7 @@ def cells_of(study: StudyConfig, base: Config, family: dict[str, Size], corpus: 
     seen: dict[tuple[object, ...], str] = {}
     for cell, _ in cells:
         trained = (cell.objective, cell.size, cell.D, cell.part, cell.repeat)
-        if trained in seen and cell.status == "planned":
+        if trained in seen:
             raise InputError(
                 f"study: cells {seen[trained]} and {cell.id} train the same: their tokens differ by less than a step"
             )
@@ -287,4 +303,5 @@ def _check(study: StudyConfig, cell: Cell, config: Config) -> None:
             check_memory(case, study.gpu_memory)
         check_schedule(config)
     except InputError as error:
-        raise InputError(f"study: cell {cell.id}: {error}") from None
+        words = str(error).replace("--gpu-memory", "study.gpu_memory")
+        raise InputError(f"study: cell {cell.id}: {words}") from None

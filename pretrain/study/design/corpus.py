@@ -39,6 +39,8 @@ def look_at(config: Config) -> Corpus:
     parts: list[object] = []
     unseen = []
     manifest = None
+    if not all(entry.get("path") for entry in entries):
+        raise InputError("data.shards: every source needs a `path`, the folder or address of a shard set")
     sources = [("data.shards", str(entry["path"]), entry) for entry in entries]
     for key, path, entry in [*sources, ("data.val_shards", config.data.val_shards, {})]:
         about = {name: entry[name] for name in sorted(entry) if name != "path" and entry[name] is not None}
@@ -64,6 +66,8 @@ def part_of(corpus: Corpus, unique: float) -> tuple[list[int], int]:
 
     InputError if the data are not one folder, or no part comes near.
     """
+    if not corpus.fingerprint:  # a dry run without the data
+        return [], round(unique)
     if corpus.manifest is None:
         raise InputError(
             "study.unique: data.shards must be one folder: parts of mixtures and of addresses are not made"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Union
@@ -44,6 +45,10 @@ def load_family(given: Union[str, dict[str, dict[str, int]]]) -> dict[str, Size]
     if not isinstance(sizes, dict) or not sizes:
         raise InputError(
             f"{where}: a family is `sizes:` with {{NAME: {{num_layers: ..., hidden_size: ..., ...}}, ...}}"
+        )
+    if bad := [name for name in sizes if not re.fullmatch(r"\w[\w.-]*", str(name))]:
+        raise InputError(
+            f"{where}: the size {bad[0]!r} must have a plain name (letters, digits, . _ -): it is a part of file names"
         )
     return {str(name): _size(f"{where}: {name}", values) for name, values in sizes.items()}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -20,7 +21,6 @@ import yaml
 
 from data.durable import keep_file, take_lock
 from data.errors import InputError
-from pretrain.addresses import without_credentials
 from pretrain.config import Config
 from pretrain.load_config import config_from_dict
 from pretrain.study.design.cells import Cell, base_config, cells_of
@@ -58,6 +58,7 @@ def make_plan(study: StudyConfig, need_data: bool = True) -> Plan:
     try:
         corpus = look_at(base)
         notes += corpus.unseen
+        _check_vocabulary(base, corpus)
     except InputError as error:
         if need_data:
             raise
@@ -65,6 +66,14 @@ def make_plan(study: StudyConfig, need_data: bool = True) -> Plan:
         notes.append(f"{error}; ids are not final, and whether there are tokens enough is not known")
     cells = cells_of(study, base, load_family(study.family), corpus)
     return Plan(study, base, corpus, tuple(cells), tuple(notes))
+
+
+def _check_vocabulary(base: Config, corpus: Corpus) -> None:
+    if corpus.manifest is not None and corpus.manifest.vocab_size > base.model.vocab_size:
+        raise InputError(
+            f"study.base: model.vocab_size {base.model.vocab_size} is smaller than the {corpus.manifest.vocab_size} ids of "
+            f"data.shards: set model.vocab_size to {corpus.manifest.vocab_size} in study.overrides"
+        )
 
 
 @contextmanager
@@ -103,7 +112,9 @@ def write_plan(plan: Plan) -> list[str]:
         for path in (folder / "cells").glob("*.yaml"):
             if path.stem not in planned:
                 path.unlink()
-        keep_file(folder / CELLS_LIST, "".join(f"{folder}/cells/{name}.yaml\n" for name in planned).encode())
+        keep_file(
+            folder / CELLS_LIST, "".join(shlex.quote(f"{folder}/cells/{name}.yaml") + "\n" for name in planned).encode()
+        )
         keep_file(folder / STUDY, to_yaml(plan.study).encode())
         keep_file(folder / PLAN, (json.dumps(_record(plan), indent=1) + "\n").encode())
     except OSError as error:
@@ -114,12 +125,7 @@ def write_plan(plan: Plan) -> list[str]:
 
 
 def _dump(config: Config) -> bytes:
-    values = plain(config)
-    if values != without_credentials(values):
-        raise InputError(
-            "study.base: an address in it holds a user, a password or a query, which no stored config may: use the environment"
-        )
-    return yaml.dump(values, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False).encode()
+    return yaml.dump(plain(config), Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False).encode()
 
 
 def _record(plan: Plan) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
+from data.errors import InputError
 from pretrain.study.design.spec import RuleConfig
 
 
@@ -13,7 +15,16 @@ def value_of(rule: RuleConfig, quantities: Mapping[str, float], default: float) 
         return default
     if rule.rule == "constant":
         return rule.at
-    return rule.at * (quantities[rule.of] / rule.reference) ** rule.exponent
+    try:
+        value = rule.at * (quantities[rule.of] / rule.reference) ** rule.exponent
+    except OverflowError:
+        value = math.inf
+    if not 0 < value < math.inf:
+        raise InputError(
+            f"study: a rule with at {rule.at:g}, reference {rule.reference:g} and exponent {rule.exponent:g} gives {value:g} where "
+            f"{rule.of} is {quantities[rule.of]:g}: it must give a positive number"
+        )
+    return value
 
 
 def whole_batch(value: float, multiple: int) -> int:

@@ -134,10 +134,12 @@ def envelope_laws_of(
     isoflop: Union[Frontier, Refused],
     samples: int,
     random: np.random.Generator,
+    optima: bool = False,
 ) -> Frontier:
+    """optima: a budget's single cell is its optimum, by the word of whoever made the table."""
     if not cells.groups:
         raise Refused("no cell saw its tokens just once")
-    ln_N, ln_L, reasons = best_cells(cells.groups, cells.ln_N, cells.y[None])
+    ln_N, ln_L, reasons = best_cells(cells.groups, cells.ln_N, cells.y[None], optima)
     good = np.flatnonzero(~np.isnan(ln_N[0]))
     if len(good) < LEAST_BUDGETS:
         words = f"{len(good)} of {len(cells.groups)} budgets have a best cell inside their sizes"
@@ -145,17 +147,17 @@ def envelope_laws_of(
         first = [reason for reason in reasons if reason]
         raise Refused(f"{words}; {first[0]}" if first else words)
     ln_C = np.array([cells.groups[i][0] for i in good])
-    optima = ln_N[0, good], ln_L[0, good]
+    found = ln_N[0, good], ln_L[0, good]
     if not isinstance(parametric, Refused):
         world = worlds.of_surface(parametric, cost, (cells.ln_N, cells.ln_D), random)
     elif not isinstance(isoflop, Refused):
         world = isoflop.world
     elif all(len(at) == 1 for _, at in cells.groups):
-        return _table_of_optima(ln_C, optima, cost, samples, random)
+        return _table_of_optima(ln_C, found, cost, samples, random)
     else:
         raise Refused(f"its errors cannot be simulated without the parametric law ({parametric}) or IsoFLOP minima")
-    again = best_cells(cells.groups, cells.ln_N, world.simulated)
-    return Frontier.of(ln_C, optima, (again[0][:, good], again[1][:, good]), world)
+    again = best_cells(cells.groups, cells.ln_N, world.simulated, optima)
+    return Frontier.of(ln_C, found, (again[0][:, good], again[1][:, good]), world)
 
 
 def _table_of_optima(

@@ -16,11 +16,13 @@ import numpy as np
 Array = Any  # numpy array
 
 
-def best_cells(groups: list[tuple[float, Array]], ln_N: Array, y: Array) -> tuple[Array, Array, list[str]]:
+def best_cells(
+    groups: list[tuple[float, Array]], ln_N: Array, y: Array, optima: bool = False
+) -> tuple[Array, Array, list[str]]:
     """(ln N [S, k], log loss [S, k], reasons of the first study) of the best size of each budget.
 
     groups: (ln C, cells) of k budgets; ln_N [n]; y [S, n]: log losses. Repeats of a size are averaged. NaN where the best size is
-    the smallest or the largest of its budget; a budget with a single size is taken as a table of optima gives it.
+    the smallest or the largest of its budget, as a single one is. optima: a single size is its budget's optimum, found elsewhere.
     """
     found_N, found_L, reasons = [], [], []
     for ln_C, cells in groups:
@@ -28,12 +30,16 @@ def best_cells(groups: list[tuple[float, Array]], ln_N: Array, y: Array) -> tupl
         loss = np.stack([y[:, cells[at]].mean(-1) for _, at in sizes], -1)
         best = loss.argmin(-1)
         values = np.array([size for size, _ in sizes])
-        edge = (best == 0) | (best == len(sizes) - 1) if len(sizes) > 1 else np.zeros(len(y), dtype=bool)
+        edge = (best == 0) | (best == len(sizes) - 1)
+        if optima and len(sizes) == 1:
+            edge = np.zeros(len(y), dtype=bool)
         found_N.append(np.where(edge, np.nan, values[best]))
         found_L.append(np.where(edge, np.nan, loss.min(-1)))
         side = "largest" if best[0] else "smallest"
         add = "larger" if best[0] else "smaller"
         words = f"no interior minimum: the {side} size is the best at C = {np.exp(ln_C):.3g}: add {add} sizes"
+        if len(sizes) == 1:
+            words = f"no optimum: one size at C = {np.exp(ln_C):.3g} says nothing of others"
         reasons.append(words if edge[0] else "")
     return np.stack(found_N, -1), np.stack(found_L, -1), reasons
 

@@ -59,7 +59,7 @@ def fit_table(
     for name in table.objectives():
         frame = table.frame[table.frame["objective"] == name]
         random = np.random.default_rng([seed, zlib.crc32(name.encode())])
-        fitted[name] = _objective(name, frame, samples, random, predict, notes, holdout)
+        fitted[name] = _objective(name, frame, samples, random, predict, notes, holdout, table.optima)
     first = next(iter(fitted.values())).part
     names = {row["objective"] for row in table.excluded} - set(fitted)
     notes += [f"{name}: no cell is done" for name in sorted(names - {"all"})]
@@ -88,6 +88,7 @@ def _objective(
     predict: tuple[float, ...],
     notes: list[str],
     holdout: bool,
+    optima: bool,
 ) -> Objective:
     everything = cells_of(name, frame)
     epochs = everything.frame["epochs"].to_numpy(float)
@@ -105,7 +106,7 @@ def _objective(
         notes.append(f"{of}what cells really spent is up to {np.expm1(max(off)):.0%} off their budget")
     parametric = attempt(lambda: fit_parametric(fresh.ln_N, fresh.ln_D, fresh.y, samples, random))
     isoflop, budgets = isoflop_laws_of(fresh, cost, parametric, samples, random)
-    envelope = attempt(lambda: envelope_laws_of(fresh, cost, parametric, isoflop, samples, random))
+    envelope = attempt(lambda: envelope_laws_of(fresh, cost, parametric, isoflop, samples, random, optima))
     found = Objective(fresh, cost, parametric, isoflop, envelope)
     part = found.part
     part["rows"] = everything.rows()
@@ -209,6 +210,9 @@ def _side(name: str, found: Objective, laws: Union[Parametric, Frontier, Refused
     if isinstance(laws, Refused):
         return None
     budgets = [float(np.exp(ln_C)) for ln_C, _ in found.cells.groups]
-    numbers = [found.optimum(laws, float(np.log(C)))[2].number() for C in budgets]
-    ranges = [(-np.inf if n["low"] is None else n["low"], np.inf if n["high"] is None else n["high"]) for n in numbers]
-    return Side(name, lambda loss: laws.ln_compute(loss, found.cost), [n["value"] for n in numbers], ranges, budgets)
+    losses = [float(np.exp(found.optimum(laws, float(np.log(C)))[2].value)) for C in budgets]
+    # What was measured: the best cell of each budget, give or take two deviations of a cell.
+    half = None if isinstance(found.parametric, Refused) else 2 * found.parametric.noise.deviation
+    best = [float(np.exp(found.cells.y[at].min())) for _, at in found.cells.groups]
+    ranges = [(loss * (1 - half), loss * (1 + half)) if half is not None else (-np.inf, np.inf) for loss in best]
+    return Side(name, lambda loss: laws.ln_compute(loss, found.cost), losses, ranges, budgets)

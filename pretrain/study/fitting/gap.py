@@ -16,8 +16,8 @@ POINTS = 5
 
 @dataclass(frozen=True)
 class Side:
-    """One objective of a gap. compute: loss -> ln C that reaches it; losses: optimal ones at its budgets (FLOPs), ranges: their
-    intervals."""
+    """One objective of a gap. compute: loss -> ln C that reaches it; losses: optimal ones at its budgets (FLOPs), ranges: what
+    its best cells there scatter within."""
 
     name: str
     compute: Callable[[float], Estimate]
@@ -65,10 +65,11 @@ def compute_gap(one: Side, other: Side) -> dict[str, Any]:
 
 
 def bounds(one: Side, other: Side) -> dict[str, Optional[float]]:
-    """{"at_least", "at_most"} of the factor, by no law but that more compute gives a lower loss; None where nothing is known.
+    """{"at_least", "at_most"} of the factor by the best cells that were seen, by no law but that more compute gives a lower loss;
+    None where nothing is known. They are bounds if the sizes of each budget reach its optimum.
 
-    If `other` at C' is still above what `one` reaches at C, by more than both intervals, it needs more than C' / C times as much
-    for that loss; if it is below, less.
+    If the best of `other` at C' is still above that of `one` at C, by more than both scatter, it needs more than C' / C times as
+    much for that loss; if it is below, less.
     """
     pairs = [
         (i, j, other.budgets[j] / one.budgets[i]) for i in range(len(one.budgets)) for j in range(len(other.budgets))

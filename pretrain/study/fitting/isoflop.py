@@ -113,13 +113,13 @@ def _reason(p: Parabola, c: Array, error: float, noise: float) -> str:
     low, high = p.x.min() - p.middle, p.x.max() - p.middle
     ends = c[1] + 2 * c[2] * low, c[1] + 2 * c[2] * high  # slopes of the parabola at the smallest and the largest size
     if ends[0] < 0 and ends[1] < 0:
-        return f"no interior minimum: loss still falls towards larger N {at}: add larger sizes"
+        return f"no interior minimum: the parabola still falls towards larger N {at}: add larger sizes"
     if ends[0] > 0 and ends[1] > 0:
-        return f"no interior minimum: loss still falls towards smaller N {at}: add smaller sizes"
+        return f"no interior minimum: the parabola still falls towards smaller N {at}: add smaller sizes"
     if c[2] <= 0 and abs(c[1] * (high - low) + c[2] * (high**2 - low**2)) > noise:
         # It bends the wrong way, but one end is lower than the other by more than the noise: the minimum is beyond that end.
         towards = "smaller" if c[1] * (high - low) + c[2] * (high**2 - low**2) > 0 else "larger"
-        return f"no interior minimum: loss still falls towards {towards} N {at}: add {towards} sizes"
+        return f"no interior minimum: the parabola still falls towards {towards} N {at}: add {towards} sizes"
     if c[2] <= 0:
         return f"the parabola opens downward {at}: its losses are not separable from noise, repeat its cells or widen its sizes"
     return (

@@ -129,9 +129,9 @@ def _gap(gap: dict[str, Any]) -> list[str]:
     lines = [f"gap          {words} ({gap['approach']}; {gap['note']})"]
     seen = gap["seen"]
     if seen["at_least"]:
-        lines.append(f"    by the budgets alone: more than {seen['at_least']:.3g} times")
+        lines.append(f"    by the best cells alone: more than {seen['at_least']:.3g} times")
     if seen["at_most"]:
-        lines.append(f"    by the budgets alone: less than {seen['at_most']:.3g} times")
+        lines.append(f"    by the best cells alone: less than {seen['at_most']:.3g} times")
     for at in gap["at"]:
         reach = "" if at["extrapolation"] <= 1.0001 else f"  {at['extrapolation']:.3g}x beyond the budgets"
         lines.append(f"    loss {at['loss']:.4g}: {number(at['factor'], 3)}{reach}")

@@ -44,14 +44,18 @@ class Table:
     count: str
     flops: str
     notes: list[str] = field(default_factory=list)
+    optima: bool = False  # a budget's single cell is its optimum
 
     def objectives(self) -> list[str]:
         """masked first, else in the order of the file."""
         return sorted(dict.fromkeys(self.frame["objective"]), key=lambda name: name != "masked")
 
 
-def read_table(path: str) -> Table:
-    """The cells of PATH: a study's folder (its results.csv) or a CSV file. InputError for whatever is wrong with it."""
+def read_table(path: str, optima: bool = False) -> Table:
+    """The cells of PATH: a study's folder (its results.csv) or a CSV file. InputError for whatever is wrong with it.
+
+    optima: each budget's single cell is its optimum, found elsewhere.
+    """
     place = Path(path)
     study = place if place.is_dir() else None
     file = place / "results.csv" if study else place
@@ -76,10 +80,53 @@ def read_table(path: str) -> Table:
     else:
         without_C = False
     check_units(done, where, given_C=not without_C)
+    _check_budgets(done, where)
+    _fill_epochs(done, where)
     check_cells(done, where)
     plan = _plan(study)
+    _check_planned(frame, plan, where)
     flops = "6ND" if without_C else str(plan.get("flops") or "as given")
-    return Table(file, study, done, excluded, len(frame), str(plan.get("count") or "as given"), flops, notes)
+    return Table(file, study, done, excluded, len(frame), str(plan.get("count") or "as given"), flops, notes, optima)
+
+
+def _check_budgets(done: pd.DataFrame, where: str) -> None:
+    """InputError where the budget of a cell is not about what it cost."""
+    off = np.abs(np.log(done["C"] / done["budget"])) > math.log(2)
+    if off.any():
+        row = done[off].iloc[0]
+        raise InputError(
+            f"{where} line {row['line']}: budget is {row['budget']:g} and C is {row['C']:g}: give both in FLOPs, or no budget"
+        )
+
+
+def _fill_epochs(done: pd.DataFrame, where: str) -> None:
+    """Unique tokens from epochs and epochs from unique tokens, where one of them is given. InputError if they disagree."""
+    unique, epochs = done["unique_tokens"], done["epochs"]
+    done["epochs"] = epochs.where(epochs.notna(), (done["D"] / unique).clip(lower=1.0))
+    done["unique_tokens"] = unique.where(unique.notna(), done["D"] / epochs.clip(lower=1.0))
+    ratio = (done["D"] / done["unique_tokens"]).clip(lower=1.0) / done["epochs"].clip(lower=1.0)
+    off = np.abs(np.log(ratio)) > 0.1
+    if off.any():
+        row = done[off].iloc[0]
+        raise InputError(
+            f"{where} line {row['line']}: {row['D']:g} tokens of {row['unique_tokens']:g} unique ones are not {row['epochs']:g} "
+            "epochs: correct one of D, unique_tokens and epochs"
+        )
+
+
+def _check_planned(frame: Any, plan: dict[str, Any], where: str) -> None:
+    """InputError for rows that are not those of the plan: they were written before the study was planned otherwise."""
+    planned = {str(cell["id"]): cell for cell in plan.get("cells", [])}
+    for row in frame.to_dict("records") if planned else []:
+        cell = planned.get(str(row["cell"]))
+        same = cell is not None and all(
+            math.isclose(float(row[name]), float(cell[name]), rel_tol=1e-9) for name in ("N", "D", "C")
+        )
+        if not same:
+            raise InputError(
+                f"{where}: cell {row['cell']} is not as plan.json has it, the study was planned again since: `study run FOLDER "
+                "--collect` writes the table anew"
+            )
 
 
 def _plan(study: Optional[Path]) -> dict[str, Any]:
@@ -228,13 +275,23 @@ class Cells:
 
 
 def cells_of(name: str, frame: pd.DataFrame) -> Cells:
-    """Budgets: the column where it is filled, else cells whose C lie within 5 % of their neighbours."""
+    """Budgets: the column where it is filled, else cells whose C lie within 5 % of their neighbours and 10 % of each other."""
     frame = frame.reset_index(drop=True)
     ln_C = np.log(frame["C"].to_numpy(float))
     named = frame["budget"].notna().to_numpy()
     label = np.log(np.where(named, frame["budget"].fillna(1.0), frame["C"]).astype(float))
     order = np.argsort(label, kind="stable")
-    cuts = np.flatnonzero(np.diff(label[order]) > np.log1p(GROUP)) + 1
+    cuts = _cuts(label[order])
     groups = [(float(label[at].mean()), np.sort(at)) for at in np.split(order, cuts)] if len(order) else []
     ln_N, ln_D, y = (np.log(frame[column].to_numpy(float)) for column in ("N", "D", "loss"))
     return Cells(name, frame, ln_N, ln_D, ln_C, y, groups)
+
+
+def _cuts(label: Any) -> list[int]:
+    """Where a sorted row of ln C falls into budgets: at steps of more than GROUP, and where one would span more than twice that."""
+    cuts, first = [], 0
+    for at in range(1, len(label)):
+        if label[at] - label[at - 1] > np.log1p(GROUP) or label[at] - label[first] > np.log1p(2 * GROUP):
+            cuts.append(at)
+            first = at
+    return cuts

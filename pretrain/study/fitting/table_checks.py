@@ -18,7 +18,7 @@ def check_units(done: pd.DataFrame, where: str, given_C: bool) -> None:
     _one_column(done, "N", 1000, where)
     _one_column(done, "D", 100, where)
     per_parameter = done["D"] / done["N"]
-    for wrong, name in ((per_parameter > 1e6, "N"), (per_parameter < 1e-4, "D")):
+    for wrong, name in ((per_parameter > 1e6, "N"), (per_parameter < 1e-2, "D")):
         if wrong.any():
             row = done[wrong].iloc[0]
             looks = f"{name} looks like millions or billions" if wrong.all() else "units are mixed up"
@@ -82,9 +82,8 @@ def check_cells(done: pd.DataFrame, where: str) -> None:
             f"{where} line {second['line']}: the cell N = {second['N']:g}, D = {second['D']:g} is on line {first['line']} already; "
             "remove one, or add a column `repeat` or `seed` that tells them apart"
         )
-    for name, rows in done.groupby("objective", sort=False):
-        if rows["N"].nunique() == 1 and len(rows) > 1:
-            of = "" if name == "all" else f" of {name}"
-            raise InputError(
-                f"{where}: all cells{of} have N = {rows['N'].iloc[0]:g}: one size says nothing of sizes; add others"
-            )
+    if (done.groupby("objective")["N"].nunique() == 1).all():  # of one objective alone: its parts are refused
+        of = "of each objective " if done["objective"].nunique() > 1 else ""
+        raise InputError(
+            f"{where}: all cells {of}have N = {done['N'].iloc[0]:g}: one size says nothing of sizes; add others"
+        )

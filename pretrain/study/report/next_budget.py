@@ -79,5 +79,5 @@ def recommended(recommendation: Union[Recommendation, str]) -> str:
     return (
         f'<h3>Recommended run</h3><p><a href="recommended.yaml">recommended.yaml</a>: {data(cell.N, count(cell.N, 4))} parameters, '
         f"{data(cell.D, count(cell.D, 4))} tokens; {shape}. See its cost with "
-        f"<code>python -m pretrain plan --config recommended.yaml</code>.</p><pre>{escape(lines)}</pre>"
+        f"<code>python -m pretrain plan --config recommended.yaml --gpus {cell.ranks}</code>.</p><pre>{escape(lines)}</pre>"
     )

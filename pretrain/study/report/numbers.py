@@ -86,7 +86,7 @@ def show(found: Optional[Number], kind: str = "number") -> str:
 
     shown = data(found.value, words(found.value))
     if found.low is None and found.high is None:
-        return shown
+        return f'{shown} <span class="interval">(no interval)</span>'
     low = data(found.low, words(found.low)) if found.low is not None else "no lower bound"
     high = data(found.high, words(found.high)) if found.high is not None else "no upper bound"
     return f'{shown} <span class="interval">({low} to {high})</span>'

@@ -190,7 +190,7 @@ def comment_lines(fit: Fit, rules: Rules, prediction: Prediction, cell: Cell, co
             f"The data have {count(unique, 4)} tokens: this run reads them {cell.D / unique:.3g} times, and the law says "
             "nothing of repeated data. Prepare more text."
         )
-    lines.append("Fits on how many GPUs and for how long: `python -m pretrain plan --config THIS_FILE`.")
+    lines.append(f"Its memory and time: `python -m pretrain plan --config THIS_FILE --gpus {cell.ranks}`.")
     return lines
 
 

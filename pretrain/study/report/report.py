@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional, Union
@@ -20,7 +22,7 @@ from pretrain.study.report.recommend import Recommendation, Rules, choose, recom
 from pretrain.study.report.references import parameters
 
 # Of pictures: the names of their files begin so.
-KINDS = ("isoflop", "surface", "residuals", "optima", "repeated", "frontier", "gap")
+MADE = ".made.json"  # what a report wrote beside the page
 
 
 @dataclass
@@ -113,20 +115,36 @@ def _recommendation(fit: Fit, options: ReportOptions) -> tuple[Optional[Rules], 
 def _write(
     folder: Path, text: str, pictures: dict[str, list[Drawn]], recommendation: Union[Recommendation, str]
 ) -> None:
-    """The page last; pictures and the config of an earlier report that this one does not have go."""
+    """The page last; pictures and the config of an earlier report that this one does not have go, if nobody has changed them."""
     made = {f"{one.name}.png": one.png for drawn in pictures.values() for one in drawn if isinstance(one, Picture)}
     if isinstance(recommendation, Recommendation):
         made["recommended.yaml"] = recommendation.text.encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.iterdir():
-            ours = old.suffix == ".png" and old.stem.split("-")[0] in KINDS or old.name == "recommended.yaml"
-            if ours and old.name not in made:
-                old.unlink()
+        for name, digest in _made_before(folder).items():
+            if name not in made and _digest(folder / name) == digest:
+                (folder / name).unlink()
         for name, content in made.items():
             keep_file(folder / name, content)
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in made.items()}
+        keep_file(folder / MADE, (json.dumps(digests, indent=1) + "\n").encode())
         keep_file(folder / "index.html", text.encode())
     except OSError as error:
         raise InputError(
             f"study report: {folder} cannot be written ({error.strerror}): choose another folder with --output"
         ) from None
+
+
+def _made_before(folder: Path) -> dict[str, str]:
+    """File -> sha256 of what an earlier report wrote here."""
+    try:
+        found = json.loads((folder / MADE).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return (
+        {name: digest for name, digest in found.items() if Path(name).name == name} if isinstance(found, dict) else {}
+    )
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""

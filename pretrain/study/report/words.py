@@ -135,14 +135,14 @@ def _gap(fit: Fit) -> list[str]:
         return []
     source, target = escape(str(content["from"])), escape(str(content["to"]))
     least = (content.get("seen") or {}).get("at_least")
-    no_gap = ""
-    if factor.holds(1.0) and least and float(least) >= 1:
-        no_gap = (
-            f" By no law, but by what was seen alone: more than {data(float(least), f'{float(least):.3g}')} times; the intervals "
-            f"of {target} there lie above those of {source} at so much less compute."
-        )
-    elif factor.holds(1.0):
-        no_gap = " The interval includes 1: these cells do not show which of the two needs more."
+    seen = ""
+    if least and float(least) >= 1:
+        seen = f" By the best cells that were seen, and no law: more than {data(float(least), f'{float(least):.3g}')} times."
+    if factor.low is None and factor.high is None:
+        unknown = f"How many times the compute of {source} {target} needs for the same loss is not known"
+        return [f"{unknown}: the fits give no interval.{seen}"]
+    unsure = " The interval includes 1: these cells do not show which of the two needs more."
+    no_gap = (seen or unsure) if factor.holds(1.0) else ""
     beyond = max((float(p.get("extrapolation") or 1.0) for p in content.get("at", [])), default=1.0)
     outside = f" Part of it is extrapolated, up to {beyond:.3g} times the fitted compute." if beyond > 1.0001 else ""
     return [f"{target} needs {show(factor)} times the compute of {source} for the same loss.{no_gap}{outside}"]

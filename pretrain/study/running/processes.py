@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
-from pretrain.study.running.results import End
+from pretrain.study.running.results import End, last_word
 
 _PR_SET_PDEATHSIG = 1
-MOST_SAID = 1000  # characters
-_TAIL = 8192  # bytes of a log's end that its last word is looked for in
+_TAIL = 16384  # bytes of a log's end that its last word is looked for in
 
 
 class CellProcess:
@@ -76,19 +75,17 @@ class CellProcess:
 
     def end(self, tries: int) -> End:
         """How it ended, with its last word."""
-        return End(self.code() or 0, last_word(self.log, self._from), tries)
+        return End(self.code() or 0, said_last(self.log, self._from), tries)
 
 
-def last_word(log: Path, start: int = 0) -> str:
-    """The last line that begins with "error" or names an exception, else the last line; of what lies behind byte `start`."""
+def said_last(log: Path, start: int = 0) -> str:
+    """The last word of a log, of what lies behind byte `start`."""
     try:
         with open(log, "rb") as file:
             file.seek(max(start, os.fstat(file.fileno()).st_size - _TAIL))
-            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+            return last_word(file.read().decode(errors="replace").splitlines())
     except OSError:
         return ""
-    errors = [line for line in lines if line.startswith("error") or line.split(":")[0].endswith(("Error", "Exception"))]
-    return (errors or lines or [""])[-1][:MOST_SAID]
 
 
 def environment(place: int, jobs: int, ranks: int, gpus: int) -> dict[str, str]:

@@ -6,7 +6,8 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -22,8 +23,20 @@ COLUMNS = (
     *("cell", "objective", "size", "N", "D", "C", "loss", "loss_se", "unique_tokens", "epochs", "budget", "repeat"),
     *("lr", "batch", "steps", "seed", "status", "reason"),
 )
-SHOWN = 300  # characters of a last word
+SHOWN, MOST_SAID = 300, 1000  # characters of a last word: in a reason, and kept
 ROLLED_BACK = "health.max_rollbacks"  # what training says when it gives up on numerical trouble
+
+
+def last_word(lines: Sequence[str]) -> str:
+    """Of what a cell said: why it gave up on its numbers, else its last error, else the last exception, else the last line."""
+    told = [line.strip() for line in lines if line.strip()]
+    plain = [re.sub(r"^\[[^\]]*\]:? ?", "", line) for line in told]  # a launcher names the rank
+    gave_up = [line for line in plain if ROLLED_BACK in line]
+    errors = [line for line in plain if line.startswith("error")]
+    raised = [
+        line for line in plain if line.split(":")[0].endswith(("Error", "Exception")) and "ChildFailed" not in line
+    ]
+    return (gave_up or errors or raised or plain or [""])[-1][:MOST_SAID]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from data.errors import InputError
 from pretrain.study.design.cells import Cell
 from pretrain.study.design.plan import CELLS_LIST, Planned
-from pretrain.study.running.results import End
+from pretrain.study.running.results import End, last_word
 from pretrain.submission.ask import ask
 from pretrain.submission.checks import check_time
 from pretrain.submission.package import forget, package
@@ -104,8 +104,16 @@ def submit_study(planned: Planned, cells: Sequence[Cell], options: SlurmOptions)
             *_more(options.sbatch_args),
             *(str(packed / "code" / END_SCRIPT), str(packed), str(folder), sys.executable),
         ]
-        said.append(f"job {ask(behind).split(';')[0]}: collects, fits and reports when all cells are over")
-    return [*said, f"their output: {folder}/logs/slurm-*.out; to end all: scancel --name={planned.study.name}"]
+        try:
+            last = ask(behind).split(";")[0]
+        except InputError as error:  # the cells are on their way
+            said.append(
+                f"no job behind them ({error}): when they are over, `study run {folder} --collect`, `study fit`, `study report`"
+            )
+        else:
+            said.append(f"job {last}: collects, fits and reports when all cells are over")
+            job = f"{job} {last}"
+    return [*said, f"their output: {folder}/logs/slurm-*.out; to end all: scancel {job}"]
 
 
 def _common(planned: Planned, folder: Path, options: SlurmOptions, suffix: str = "") -> list[str]:
@@ -143,7 +151,7 @@ def slurm_ends(folder: Path) -> dict[str, tuple[float, End]]:
         if not cell or not codes:
             continue
         name = Path(cell[1]).name
-        errors = [line for line in text.splitlines() if line.startswith("error") and "srun: " not in line]
+        told = [line for line in text.splitlines() if "srun: " not in line]
         if name not in found or found[name][0] < when:
-            found[name] = (when, End(int(codes[-1]), errors[-1][:300] if errors else "", len(codes)))
+            found[name] = (when, End(int(codes[-1]), last_word(told), len(codes)))
     return found

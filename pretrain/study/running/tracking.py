@@ -15,7 +15,7 @@ from typing import Any, Optional
 from pretrain.load_config import to_dict
 from pretrain.study.design.cells import Cell
 from pretrain.study.design.plan import PLAN, STUDY, Planned, begun
-from pretrain.study.running.results import RESULTS, Result, Results
+from pretrain.study.running.results import RESULTS, Result, Results, read_ends
 from pretrain.tracking.code_version import code_version
 from pretrain.tracking.metric_log import SPOOL
 from pretrain.tracking.mlflow_run import NotNow, attach, connect, find_or_create, plain_error
@@ -27,8 +27,11 @@ LONGEST_PAUSE_SECONDS = 300.0  # between tries of a server that fails
 _FILES = (STUDY, PLAN, RESULTS, "fit.json")
 
 
-def ship_study(planned: Planned, results: Results, wait: float = 0.0) -> int:
-    """Ships what MLflow lacks of the study and of its cells; how many points. Raises NotNow, or whatever MLflow raises."""
+def ship_study(planned: Planned, results: Results, wait: float = 0.0, at_work: bool = False) -> int:
+    """Ships what MLflow lacks of the study and of its cells; how many points. Raises NotNow, or whatever MLflow raises.
+
+    at_work: a cell that has begun and is not over is running, not cut.
+    """
     uri = planned.tracking_uri
     if uri is None:
         return 0
@@ -47,7 +50,7 @@ def ship_study(planned: Planned, results: Results, wait: float = 0.0) -> int:
             for key, value in about.items():
                 client.set_tag(state["run_id"], f"study.{key}", value)
         keep()
-        parent, sent, found = state["run_id"], 0, {cell.id: results.of(cell) for cell in planned.cells}
+        parent, sent, found = state["run_id"], 0, {cell.id: results.of(cell, at_work) for cell in planned.cells}
         for cell in planned.runnable():
             if begun(planned.folder, cell.id):
                 sent += _child(planned, cell, found[cell.id], client, parent, state.setdefault("children", {}))
@@ -118,12 +121,13 @@ class StudyShipper:
 
     def _repeat(self) -> None:
         failures = 0
+        results = Results(self._planned)  # a reader of its own: the queue's is not to be used from two threads
         while True:
             pause = min(EVERY_SECONDS * 2.0**failures, LONGEST_PAUSE_SECONDS)
             last = self._stop.wait(pause)
             try:
-                # A reader of its own: the queue's is not to be used from two threads.
-                ship_study(self._planned, Results(self._planned), wait=5.0 if last else 0.0)
+                results.ends = read_ends(self._planned.folder)
+                ship_study(self._planned, results, wait=5.0 if last else 0.0, at_work=not last)
                 failures, self.error = 0, None
             except NotNow as error:
                 self.error = plain_error(error) if last else self.error

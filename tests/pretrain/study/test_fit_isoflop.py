@@ -56,8 +56,8 @@ def slope(at):
 @pytest.mark.parametrize(
     ("at", "reason"),
     [
-        (2e9, "loss still falls towards larger N at C = 1e[+]19: add larger sizes"),
-        (3e7, "loss still falls towards smaller N at C = 1e[+]19: add smaller sizes"),
+        (2e9, "the parabola still falls towards larger N at C = 1e[+]19: add larger sizes"),
+        (3e7, "the parabola still falls towards smaller N at C = 1e[+]19: add smaller sizes"),
     ],
 )
 def test_a_budget_without_an_interior_minimum_says_which_sizes_are_missing(at, reason):
@@ -133,7 +133,7 @@ def test_the_best_cell_is_the_best_size_over_its_repeats_and_never_one_at_the_ed
     ln_N, ln_L, reasons = best_cells(groups, N, np.log(loss)[None])
     assert np.exp(ln_N[0, 0]) == pytest.approx(2e8) and np.exp(ln_L[0, 0]) == pytest.approx(np.sqrt(3.0 * 3.2))
     assert np.isnan(ln_N[0, 1]) and "the largest size is the best at C = 1e+20: add larger sizes" in reasons[1]
-    assert np.exp(ln_N[0, 2]) == pytest.approx(7e7) and reasons[0] == reasons[2] == ""
+    assert np.isnan(ln_N[0, 2]) and "one size" in reasons[2] and reasons[0] == ""
     smallest = best_cells(groups[:1], N, np.log(loss[::-1])[None, :5])
     assert "add smaller sizes" in smallest[2][0] or not np.isnan(smallest[0][0, 0])
 
@@ -179,3 +179,10 @@ def test_isoflop_minima_of_a_symmetric_law_are_its_optima():
         x, y = np.log([r["N"] for r in cells]), np.log([r["loss"] for r in cells])
         found = minima([Parabola.of(np.log(C), np.arange(9), x)], y[None])
         assert found.ln_N[0, 0] == pytest.approx(QUOKKA.optimum(np.log(C), Cost())[0], abs=0.01)
+
+
+def test_a_budget_of_one_size_has_no_optimum_unless_it_is_said_to_be_one():
+    groups, N, y = [(41.0, np.array([0])), (42.0, np.array([1]))], np.array([18.0, 19.0]), np.array([[1.2, 1.1]])
+    ln_N, _, reasons = best_cells(groups, N, y)
+    assert np.isnan(ln_N).all() and all("one size" in reason for reason in reasons)
+    assert best_cells(groups, N, y, optima=True)[0].tolist() == [[18.0, 19.0]]

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from bench.laws import Design
 from data.errors import InputError
+from pretrain.study.fitting.fit import fit_table
 from pretrain.study.fitting.laws import published
 from pretrain.study.fitting.table import cells_of, read_table
 from tests.pretrain.study.planted import grid, table, write
 
+QUOKKA = published("quokka")
 GOOD = grid(published("quokka"), Design(3, 3), 0.002)
 
 
@@ -140,9 +143,12 @@ def test_budgets_are_the_column_or_compute_within_five_per_cent(tmp_path):
     groups = cells_of("all", table(tmp_path, rows).frame).groups
     assert [len(cells) for _, cells in groups] == [3, 3, 3]
     assert [np.exp(ln_C) for ln_C, _ in groups] == pytest.approx(np.geomspace(3e18, 1e21, 3), rel=0.02)
-    named = [{**row, "budget": 1e19 if i < 5 else 1e20} for i, row in enumerate(GOOD)]
+    # The column is believed where it is filled, also for cells whose C lie far apart.
+    named = [
+        {**row, "budget": 4e18 if i < 3 else "", "C": row["C"] * (1.3 if i == 0 else 1)} for i, row in enumerate(GOOD)
+    ]
     groups = cells_of("all", table(tmp_path, named).frame).groups
-    assert [len(cells) for _, cells in groups] == [5, 4] and np.exp(groups[0][0]) == pytest.approx(1e19)
+    assert [len(cells) for _, cells in groups] == [3, 3, 3] and np.exp(groups[0][0]) == pytest.approx(4e18)
     rest = cells_of("all", table(tmp_path, rows).frame).without(1)
     assert len(rest.y) == 6 and [len(cells) for _, cells in rest.groups] == [3, 3]
 
@@ -151,3 +157,70 @@ def test_the_mark_that_spreadsheets_put_before_utf_8_is_no_part_of_a_name(tmp_pa
     file = write(tmp_path / "cells.csv", GOOD)
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
     assert len(read_table(str(file)).frame) == 9
+
+
+def test_a_budget_in_another_unit_is_no_budget(tmp_path):
+    rows = [{**row, "budget": row["C"] / 1e18} for row in grid(QUOKKA, Design(4, 5), 0.002)]
+    with pytest.raises(InputError, match="budget is .* and C is .*: give both in FLOPs"):
+        table(tmp_path, rows)
+
+
+@pytest.mark.parametrize("given", ["unique_tokens", "epochs"])
+def test_unique_tokens_and_epochs_follow_from_each_other(given, tmp_path):
+    rows = [
+        {**row, "unique_tokens": min(row["D"], 3e9), "epochs": max(row["D"] / 3e9, 1)}
+        for row in grid(QUOKKA, Design(4, 5), 0.002)
+    ]
+    both = table(tmp_path, rows).frame
+    other = "epochs" if given == "unique_tokens" else "unique_tokens"
+    one = table(tmp_path, [{key: value for key, value in row.items() if key != other} for row in rows]).frame
+    assert np.allclose(one["epochs"], both["epochs"]) and np.allclose(one["unique_tokens"], both["unique_tokens"])
+    assert (one["epochs"] > 1.1).any()
+    rows[0] |= {"unique_tokens": rows[0]["D"] / 4, "epochs": 2}
+    with pytest.raises(InputError, match="are not 2 epochs"):
+        table(tmp_path, rows)
+
+
+def test_the_same_cell_at_other_epochs_is_another_cell(tmp_path):
+    rows = grid(QUOKKA, Design(4, 5), 0.002)
+    rows = [{**row, "epochs": epochs} for row in rows for epochs in (1, 4)]
+    assert len(table(tmp_path, rows).frame) == 40
+
+
+def test_tokens_in_millions_are_seen_without_c_too(tmp_path):
+    rows = [
+        {"N": row["N"], "D": 200 * row["N"] / 1e6, "loss": row["loss"]} for row in grid(QUOKKA, Design(4, 5), 0.002)
+    ]
+    with pytest.raises(InputError, match="D looks like millions"):
+        table(tmp_path, rows)
+
+
+def test_one_objective_of_a_single_size_leaves_the_others_their_fits(tmp_path):
+    rows = [{**row, "objective": "masked"} for row in grid(QUOKKA, Design(4, 5), 0.002)]
+    rows += [
+        {**rows[0], "objective": "autoregressive"},
+        {**rows[0], "objective": "autoregressive", "D": 2 * rows[0]["D"], "C": 2 * rows[0]["C"]},
+    ]
+    found = fit_table(table(tmp_path, rows), 100, holdout=False)
+    assert (
+        "E" in found["objectives"]["masked"]["parametric"]
+        and "refused" in found["objectives"]["autoregressive"]["parametric"]
+    )
+
+
+def test_budgets_do_not_grow_by_chains():
+    frame = pd.DataFrame({"C": np.geomspace(1e18, 2e18, 40), "budget": np.nan, "N": 1e8, "D": 1e9, "loss": 3.0})
+    spans = [np.ptp(cells_of("all", frame).ln_C[at]) for _, at in cells_of("all", frame).groups]
+    assert max(spans) <= np.log(1.1) + 1e-9 and sum(span > 0 for span in spans) > 3
+
+
+def test_rows_that_are_not_those_of_the_plan_are_not_fitted(tmp_path):
+    rows = [{"cell": f"c{i}", **row} for i, row in enumerate(grid(QUOKKA, Design(4, 5), 0.002))]
+    write(tmp_path / "results.csv", rows)
+    cells = [{"id": row["cell"], "N": row["N"], "D": row["D"], "C": row["C"]} for row in rows]
+    (tmp_path / "plan.json").write_text(json.dumps({"count": "total", "cells": cells}))
+    assert read_table(str(tmp_path)).count == "total"
+    cells[3]["N"] *= 2
+    (tmp_path / "plan.json").write_text(json.dumps({"count": "total", "cells": cells}))
+    with pytest.raises(InputError, match="cell c3 is not as plan.json has it"):
+        read_table(str(tmp_path))

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -69,7 +70,7 @@ def test_quokka_s_law_its_exponents_and_its_optimum_come_back_from_a_study_of_it
 def test_smdm_s_exponents_optimal_sizes_and_gap_come_back_from_its_figures(tmp_path):
     for (losses, _), exponent in zip(SMDM.values(), (0.0626, 0.0640)):
         assert fit_loss_law(np.log(SMDM_C), np.log(losses)[None], False).g[0] == pytest.approx(exponent, abs=0.001)
-    found = fit_table(table(tmp_path, smdm()), 300)
+    found = fit_table(replace(table(tmp_path, smdm()), optima=True), 300)
     gap = found["gap"]
     assert (gap["from"], gap["to"], gap["approach"]) == ("autoregressive", "masked", "envelope")
     assert gap["factor"]["value"] == pytest.approx(16, rel=0.1) and gap["note"].startswith("interpolated")
@@ -240,3 +241,12 @@ def test_another_process_writes_the_same_bytes_and_needs_no_torch(tmp_path):
     assert run.returncode == 0
     written = (tmp_path / "fit.json").read_bytes()
     assert fit([str(tmp_path), "--samples", "100"]) == 0 and (tmp_path / "fit.json").read_bytes() == written
+
+
+def test_a_designers_own_ratio_of_tokens_is_no_law(tmp_path):
+    """Eight cells with 300 tokens a parameter: that N grows as C^0.5 there is their design, not a finding."""
+    rows = [{"N": N, "D": 300 * N, "loss": loss_of(QUOKKA, N, 300 * N)} for N in np.geomspace(1e7, 1e9, 8)]
+    found = fit_table(table(tmp_path, rows), 100)
+    for part in ("parametric", "isoflop", "envelope", "frontier"):
+        assert "refused" in found[part], part
+    assert found["predictions"] == []

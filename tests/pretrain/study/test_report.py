@@ -280,7 +280,7 @@ def test_with_everything_refused_there_is_a_page_without_pictures_and_no_recomme
     assert found.images == [] and not found.open
     assert all(f"{part}: fewer than 3 budgets" in found.words for part in (*APPROACHES, "leave_one_budget_out"))
     assert "no optimum of masked could be predicted" in found.words
-    assert sorted(file.name for file in (tmp_path / "report").iterdir()) == ["index.html"]
+    assert sorted(file.name for file in (tmp_path / "report").iterdir()) == [".made.json", "index.html"]
 
 
 def test_a_refused_budget_keeps_the_others_and_a_refused_number_is_not_a_number(tmp_path):
@@ -314,10 +314,18 @@ def test_a_second_report_leaves_no_picture_of_the_first_that_it_does_not_have_an
     made(tmp_path, content)
     mine = tmp_path / "report" / "notes.png"
     mine.write_bytes(b"mine")
-    assert {f.name for f in mine.parent.iterdir()} == {"frontier.png", "optima-masked.png", "index.html", "notes.png"}
+    foreign = tmp_path / "report" / "frontier-v2.png"  # named like one of ours, and not ours
+    foreign.write_bytes(b"mine")
+
+    def there():
+        return {f.name for f in mine.parent.iterdir()} - {".made.json", "index.html"}
+
+    assert there() == {"frontier.png", "optima-masked.png", "notes.png", "frontier-v2.png"}
+    (tmp_path / "report" / "optima-masked.png").write_bytes(b"changed by hand")
     masked["predictions"] = []
     made(tmp_path, content)
-    assert {f.name for f in mine.parent.iterdir()} == {"index.html", "notes.png"} and mine.read_bytes() == b"mine"
+    assert there() == {"notes.png", "frontier-v2.png", "optima-masked.png"}
+    assert mine.read_bytes() == foreign.read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from pretrain.study.command_plan import plan
 from pretrain.study.design.plan import Planned, open_study
-from pretrain.study.running.processes import environment, last_word
+from pretrain.study.running.processes import environment, said_last
 from pretrain.study.running.results import COLUMNS, End, Result, Results, result_of
 from pretrain.study.running.slurm import slurm_ends
 from tests.pretrain.study.studies import write_study
@@ -107,14 +107,14 @@ def test_how_cells_ended_outlives_the_command(planned):
 def test_the_last_word_is_the_error_and_not_what_was_said_behind_it(tmp_path):
     log = tmp_path / "log"
     log.write_text("error: of an earlier start\nstep 1\nerror: the shards are gone\nbye\n")
-    assert last_word(log) == "error: the shards are gone"
+    assert said_last(log) == "error: the shards are gone"
     start = len("error: of an earlier start\n")
-    assert last_word(log, start) == "error: the shards are gone"
+    assert said_last(log, start) == "error: the shards are gone"
     log.write_text("Traceback (most recent call last):\n  File x\nRuntimeError: lower optimizer.lr\nwatch: gone\n")
-    assert last_word(log) == "RuntimeError: lower optimizer.lr"
+    assert said_last(log) == "RuntimeError: lower optimizer.lr"
     log.write_text("step 1\nstep 2\n\n")
     assert (
-        last_word(log) == "step 2" and last_word(log, log.stat().st_size) == "" and last_word(tmp_path / "none") == ""
+        said_last(log) == "step 2" and said_last(log, log.stat().st_size) == "" and said_last(tmp_path / "none") == ""
     )
 
 
