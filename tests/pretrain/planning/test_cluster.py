@@ -95,3 +95,8 @@ def test_seconds_are_bytes_by_rate_and_a_hop_of_latency_for_each_doubling_of_the
     assert link_of(PLAIN, 8, 1).seconds(200e9, 0) == 0.0  # no collective
     assert link_of(PLAIN, 8, 1).seconds(200e9, 10) == pytest.approx(1 + 10 * 3 * 1e-5)
     assert link_of(PLAIN, 1, 8).seconds(1e12, 10) == 0.0
+
+
+def test_a_group_that_lies_on_two_nodes_has_no_nvlink_between_all_its_ranks():
+    assert link_of(PLAIN, 6, 1).name == link_of(PLAIN, 3, 2).name == "network"  # ranks 6 to 11 of 8 a node
+    assert link_of(PLAIN, 4, 2).name == link_of(PLAIN, 2, 1).name == "nvlink"

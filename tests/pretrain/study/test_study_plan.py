@@ -20,7 +20,7 @@ from parallel.shape import ModelShape, parameter_counts
 from pretrain.config import Config
 from pretrain.load_config import load_config
 from pretrain.study.command_plan import plan
-from pretrain.study.design.cells import Cell
+from pretrain.study.design.cells import Cell, base_config
 from pretrain.study.design.corpus import Corpus, write_part
 from pretrain.study.design.costs import Rate, measured_rate, table
 from pretrain.study.design.family import load_family
@@ -297,6 +297,20 @@ BAD = {
     "power without value": ({"learning_rate": {"rule": "power"}}, "say study.learning_rate.at"),
     "shares": ({"warmup": 0.5, "decay": 0.6}, "study.decay is 0.6"),
     "name": ({"name": "a/b"}, "study.name is 'a/b', it must be a plain folder name"),
+    "a rate of nothing": ({"overrides": {"optimizer.lr": 0}}, "optimizer.lr is 0.0, it must be positive"),
+    "no samples": ({"overrides": {"train.micro_batch_size": 0}}, "train.micro_batch_size is 0, it must be positive"),
+    "no length": ({"overrides": {"data.sequence_length": 0}}, "data.sequence_length is 0, it must be positive"),
+    "a source without a path": ({"overrides": {"data.shards": [{"weight": 1.0}]}}, "every source needs a `path`"),
+    "a rule beyond numbers": (
+        {"batch": {"rule": "power", "at": 8, "of": "parameters", "reference": 1e-300, "exponent": 3.0}},
+        "it must give a positive number",
+    ),
+    "a size that is no name": ({"family": {"a/b": SIZES["s"]}}, "the size 'a/b' must have a plain name"),
+    "a password": (
+        {"overrides": {"tracking.uri": "https://bob:hunter2@host"}},
+        "an address in it holds a user, a password or a query",
+    ),
+    "small vocabulary": ({"overrides": {"model.vocab_size": 300}}, "model.vocab_size 300 is smaller than the 512 ids"),
     "same cells": ({"budgets": [2e9, 2.0001e9]}, "train the same: their tokens differ by less"),
 }
 
@@ -376,3 +390,24 @@ def test_remote_data_count_by_their_address(tmp_path, corpus):
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(other))
     again = make_plan(load_study(str(study)))
     assert isinstance(again.corpus, Corpus) and {c.id for c, _ in again.cells}.isdisjoint({c.id for c, _ in made.cells})
+
+
+def test_an_override_can_take_a_key_of_the_base_back(tmp_path, corpus):
+    file = write_study(
+        tmp_path, corpus, {"objective": {"mask_ratio": [0.1, 0.9]}}, overrides={"objective.mask_ratio": None}
+    )
+    assert base_config(load_study(str(file))).objective.mask_ratio is None
+
+
+def test_a_dry_run_of_few_unique_tokens_needs_no_data(tmp_path, corpus):
+    file = write_study(
+        tmp_path,
+        tmp_path / "nowhere",
+        design="ladder",
+        budgets=[],
+        unique=[20_000],
+        epochs=[1, 4],
+        objectives=["masked"],
+    )
+    found = make_plan(load_study(str(file)), need_data=False)
+    assert {round(cell.epochs) for cell, _ in found.cells} == {1, 4}

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from data.errors import InputError
 from pretrain.study.command_plan import plan
+from pretrain.study.command_run import _jobs_on, run
 from pretrain.study.design.plan import Planned, open_study
 from pretrain.study.running.processes import environment, said_last
-from pretrain.study.running.results import COLUMNS, End, Result, Results, result_of
+from pretrain.study.running.results import COLUMNS, End, Result, Results, last_word, result_of
 from pretrain.study.running.slurm import slurm_ends
 from tests.pretrain.study.studies import write_study
 
@@ -147,3 +150,29 @@ def test_a_folder_that_is_no_study_is_one_line(tmp_path):
     with pytest.raises(InputError, match="no plan.json, so this is no planned study"):
         run([str(tmp_path / "none")])
     assert not list(Path(tmp_path / "none").iterdir())
+
+
+GAVE_UP = "error: rank 1 on n2 failed first: RuntimeError: step 5: spikes (health.max_rollbacks 3): lower optimizer.lr"
+
+
+@pytest.mark.parametrize("lines", [
+    [GAVE_UP, "torch.distributed.elastic.multiprocessing.errors.ChildFailedError:", "pretrain FAILED"],
+    ["Traceback (most recent call last):", GAVE_UP.split("first: ")[1], "error: rank 0 left"],
+    [f"[rank1]: {GAVE_UP}"],
+])  # fmt: skip
+def test_divergence_is_seen_behind_whatever_a_launcher_says(lines):
+    assert End(1, last_word(lines)).diverged
+    assert not last_word(lines).startswith(("torch.distributed", "["))
+
+
+def test_cells_at_a_time_follow_from_the_gpus_that_are_there(capsys):
+    assert _jobs_on(0, 8, 2) == 2 and _jobs_on(1, 1, 2) == 1 and _jobs_on(8, 2, 3) == 3
+    assert "1 cells at a time instead of 2" in capsys.readouterr().out
+    with pytest.raises(InputError, match="study.ranks 8, and 4 GPUs are seen here"):
+        _jobs_on(4, 8, 2)
+
+
+def test_a_copy_of_a_study_trains_nothing_into_the_original(planned, tmp_path):
+    shutil.copytree(planned.folder, tmp_path / "copy")
+    with pytest.raises(InputError, match="was planned as .*study, where its cells would be trained"):
+        run([str(tmp_path / "copy")])
