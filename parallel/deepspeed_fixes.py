@@ -10,7 +10,8 @@ the accumulation, nothing counts backwards, no trace is recorded and compared wi
 - `sum_over_replicas`: ZeRO knows one group of ranks; those that hold copies of a shard must add their gradients too.
 - `one_norm_for_replicas`: each replica's norm is summed in a communicator of its own, and its last bit may differ.
 - `number_alike`: after engines that gave ranks different layers, DeepSpeed numbers the next one's parameters differently.
-- `forget`: a closed engine stays in a module-level list and in a method cache, its parameters with it.
+- `forget`: a closed engine stays in a module-level list and in a method cache, its parameters with it, and ZeRO-3's linear stays
+  torch.nn.functional.linear for everybody.
 
 Each is looked up in this module at every call, so a test can take one away.
 """
@@ -158,8 +159,9 @@ def number_alike() -> None:
 
 
 def forget(module: nn.Module) -> None:
-    """Drops a closed engine's model from DeepSpeed's module-level state, else its memory is never freed."""
+    """Drops a closed engine's model from DeepSpeed's module-level state, else its memory is never freed; torch's linear is back."""
     from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
     stack = _private(parameter_offload, "FWD_MODULE_STACK")
@@ -169,3 +171,5 @@ def forget(module: nn.Module) -> None:
     for cell in _private(releases, "__closure__"):  # a decorator around functools.lru_cache, which holds its arguments
         if hasattr(cell.cell_contents, "cache_clear"):
             cell.cell_contents.cache_clear()
+    if hasattr(InsertPostInitMethodToModuleSubClasses, "linear_bk"):  # ZeRO-3 was used in this process
+        torch.nn.functional.linear = InsertPostInitMethodToModuleSubClasses.linear_bk

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Optional
 
+from parallel.layout import Layout
 from parallel.shape import ModelShape, parameter_counts, parameter_table
 
 # Dense bf16 peak in FLOP/s, from NVIDIA's data sheets (without sparsity).
@@ -81,13 +82,16 @@ def flops_per_token_in(
     return CONVENTIONS[convention](shape, sequence_length, masked_fraction)
 
 
-def recomputed_flops_per_token(shape: ModelShape, sequence_length: float, checkpointing: str) -> float:
-    """FLOPs of one token that activation checkpointing does a second time: with `full` a block's forward but for its last matmul,
-    whose output nobody needs again (torch.utils.checkpoint stops there), with `selective` that without attention."""
-    if checkpointing == "none":
+def recomputed_flops_per_token(shape: ModelShape, sequence_length: float, layout: Layout) -> float:
+    """FLOPs of one token that activation checkpointing does a second time: with `full` a block's forward, with `selective` that
+    without attention. The last matmul is left out, since nobody needs its output again and torch.utils.checkpoint stops once
+    all that was saved is there; under DeepSpeed's ZeRO-3 it is not, since its linear saves what it keeps after its matmul."""
+    if layout.activation_checkpointing == "none":
         return 0.0
-    again = 2.0 * shape.num_layers * (block_matrices(shape) - shape.hidden_size * shape.ffn_hidden_size)
-    return again + (_attention(shape, sequence_length) / 3 if checkpointing == "full" else 0.0)
+    late = layout.engine == "deepspeed" and layout.zero_stage == 3
+    last = 0 if late else shape.hidden_size * shape.ffn_hidden_size
+    again = 2.0 * shape.num_layers * (block_matrices(shape) - last)
+    return again + (_attention(shape, sequence_length) / 3 if layout.activation_checkpointing == "full" else 0.0)
 
 
 def peak_flops(device_name: str) -> Optional[float]:

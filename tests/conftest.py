@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,15 @@ def corpus(tmp_path_factory) -> Path:
         progress=False,
     )
     return out
+
+
+@pytest.fixture(autouse=True)
+def torchs_own_linear() -> Iterator[None]:
+    """A run that trains with ZeRO-3 in the tests' own process and fails leaves DeepSpeed's linear in torch."""
+    yield
+    if zero := sys.modules.get("deepspeed.runtime.zero.partition_parameters"):
+        functional = sys.modules["torch.nn.functional"]
+        functional.linear = getattr(zero.InsertPostInitMethodToModuleSubClasses, "linear_bk", functional.linear)
 
 
 @pytest.fixture

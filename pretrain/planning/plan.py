@@ -136,10 +136,10 @@ def _memory(case: Case, memory: Memory, limit: float) -> Plan:
 
 def flops_of(config: Config) -> Plan:
     """Forward + backward FLOPs of one token of text, in every convention; `hardware`: exact, and what checkpointing does again."""
-    shape, columns = case_of(config, 1).shape, copies(config.objective)
+    case, columns = case_of(config, 1), copies(config.objective)
     seen, masked = tokens_seen(config), masked_fraction(config.objective) / columns
-    found = {name: columns * flops_per_token_in(name, shape, seen, masked) for name in CONVENTIONS}
-    again = columns * recomputed_flops_per_token(shape, seen, config.parallel.activation_checkpointing)
+    found = {name: columns * flops_per_token_in(name, case.shape, seen, masked) for name in CONVENTIONS}
+    again = columns * recomputed_flops_per_token(case.shape, seen, case.layout)
     return {**found, "hardware": found["exact"] + again, "masked_fraction": masked_fraction(config.objective)}
 
 

@@ -119,7 +119,7 @@ def _microbatch_seconds(case: Case, work: Work, pp_rank: int) -> float:
     """Forward, backward and recomputation of a microbatch in the chunks of one rank."""
     shape, layout = case.shape, case.layout
     whole = flops_per_token(shape, work.seen, 0.0)
-    again = recomputed_flops_per_token(shape, work.seen, layout.activation_checkpointing)
+    again = recomputed_flops_per_token(shape, work.seen, layout)
     flops = (whole + again) * blocks_of(case, pp_rank) / shape.num_layers
     if layout.chunks - 1 in layout.chunks_of(pp_rank):
         flops += _head_flops(case, work)
@@ -164,7 +164,7 @@ def _passes(case: Case, work: Work, compute: float) -> dict[str, float]:
     """Seconds of a step's compute that a collective may run beside. Backward is what forward (a third of the FLOPs that are not
     recomputed) leaves."""
     useful = flops_per_token(case.shape, work.seen, work.masked)
-    again = recomputed_flops_per_token(case.shape, work.seen, case.layout.activation_checkpointing)
+    again = recomputed_flops_per_token(case.shape, work.seen, case.layout)
     forward = compute * useful / 3 / (useful + again)
     head = case.accumulation * tokens_of(case).inside * _head_flops(case, work) / 3 / case.layout.tensor / work.rate
     backward = compute - forward

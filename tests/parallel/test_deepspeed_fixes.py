@@ -78,6 +78,19 @@ def test_numbers_start_at_zero_for_every_engine_and_a_closed_model_is_off_the_st
         assert stack == [alive]
 
 
+def test_torchs_own_linear_is_back_once_an_engine_is_closed():
+    """DeepSpeed says of its linear that it "will persist unless manually reset"."""
+    import_deepspeed()
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
+
+    own = nn.functional.linear
+    with patch.object(nn.functional, "linear", own):
+        InsertPostInitMethodToModuleSubClasses()._enable_mem_efficient_linear()
+        assert nn.functional.linear is not own
+        deepspeed_fixes.forget(nn.Linear(1, 1))
+        assert nn.functional.linear is own
+
+
 def test_every_parameter_is_gathered_with_exactly_one_module():
     from deepspeed.utils import set_z3_leaf_modules
 

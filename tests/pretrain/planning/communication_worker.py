@@ -1,6 +1,7 @@
-"""Counts what engines communicate in a step: python -m tests.pretrain.planning.communication_worker FOLDER [NAME ...], on 4 ranks.
+"""Counts what engines do in a step: python -m tests.pretrain.planning.communication_worker FOLDER [NAME ...], on 4 ranks.
 
-Each rank writes FOLDER/RANK.json: name of a case -> kind of collective -> [measured, planned] bytes of the full buffers.
+Each rank writes FOLDER/RANK.json: name of a case -> kind of collective -> [measured, planned] bytes of the full buffers, and
+without a pipeline "flops" -> those of the step.
 """
 
 from __future__ import annotations
@@ -8,9 +9,12 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench.comm_counter import CommCounter
 from parallel.engine import AdamWOptions
@@ -20,6 +24,7 @@ from parallel.layout_rules import Case
 from parallel.legality import first_broken
 from parallel.mesh import build_mesh, leave
 from pretrain.config import ModelConfig
+from pretrain.flops import flops_per_token, recomputed_flops_per_token
 from pretrain.model import build_chunks, model_shape
 from pretrain.planning.communication import traffic_of
 
@@ -36,6 +41,9 @@ CASES = {
     "deepspeed 2 bf16": (Layout(DEEP, 2), True),
     "deepspeed 3": (Layout(DEEP, 3), False),
     "deepspeed 3 bf16": (Layout(DEEP, 3), True),
+    "deepspeed 3 full": (Layout(DEEP, 3, activation_checkpointing="full"), False),
+    "deepspeed 3 selective bf16": (Layout(DEEP, 3, activation_checkpointing="selective"), True),
+    "deepspeed 1 full": (Layout(DEEP, 1, activation_checkpointing="full"), False),
     "deepspeed 3 replicas": (Layout(DEEP, 3, shard_group=2), False),
     "deepspeed 3 tensor full": (Layout(DEEP, 3, tensor=2, activation_checkpointing="full"), False),
     "deepspeed 3 sequence bf16": (Layout(DEEP, 3, tensor=2, sequence_parallel=True), True),
@@ -90,12 +98,25 @@ def measure(layout: Layout, bf16: bool) -> dict[str, list[float]]:
         engine.train_step(batches, 64.0, 1e-3)
     with CommCounter() as counter:
         engine.train_step(batches, 64.0, 1e-3)
+    flops = {} if layout.pipeline > 1 else {"flops": count_flops(lambda: engine.train_step(batches, 64.0, 1e-3), case)}
     engine.close()
     planned: defaultdict[str, float] = defaultdict(float)
     for one in traffic_of(case, mesh.pp_rank, MASKED):
         planned[one.kind] += one.buffer
     measured = {kind: volume.bytes for kind, volume in counter.volumes.items()}
-    return {kind: [measured.get(kind, 0), planned.get(kind, 0.0)] for kind in {*measured, *planned}}
+    return {kind: [measured.get(kind, 0), planned.get(kind, 0.0)] for kind in {*measured, *planned}} | flops
+
+
+def count_flops(step: Callable[[], object], case: Case) -> list[float]:
+    """[measured, planned]. With `selective` without attention: it keeps the output of the fused kernel, which is not counted."""
+    layout, length = case.layout, LENGTH
+    kernel = SDPBackend.MATH
+    if layout.activation_checkpointing == "selective":
+        kernel, length = SDPBackend.FLASH_ATTENTION, 0
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(kernel):
+        step()
+    a_token = flops_per_token(case.shape, length, MASKED) + recomputed_flops_per_token(case.shape, length, layout)
+    return [float(counter.get_total_flops()), MICROBATCHES * MICRO * LENGTH * a_token / layout.tensor]
 
 
 def main(folder: Path, names: list[str]) -> None:

@@ -30,9 +30,19 @@ def measured(tmp_path_factory) -> list[dict[str, dict[str, list[float]]]]:
 @pytest.mark.parity
 def test_planned_bytes_are_those_that_every_rank_communicates_but_for_a_few_of_norms(measured, name):
     for found in measured:
-        assert sum(bytes_seen for bytes_seen, _ in found[name].values()) > 1000 * SMALL
+        assert sum(seen for kind, (seen, _) in found[name].items() if kind != "flops") > 1000 * SMALL
         for kind, (bytes_seen, planned) in found[name].items():
+            if kind == "flops":
+                continue
             assert planned == pytest.approx(bytes_seen, rel=0, abs=SMALL), kind
+
+
+@pytest.mark.parametrize("name", [name for name, (layout, _) in CASES.items() if layout.pipeline == 1])
+@pytest.mark.parity
+def test_a_step_of_a_whole_engine_does_the_flops_that_are_planned(measured, name):
+    for found in measured:
+        counted, planned = found[name]["flops"]
+        assert counted == planned > 0
 
 
 def wire(kind: str, buffer: float, ranks: int) -> float:

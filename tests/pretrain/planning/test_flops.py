@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from parallel.engine_deepspeed import import_deepspeed
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from parallel.shape import ModelShape, parameter_counts
@@ -25,11 +27,12 @@ SHAPES = {
     "one key head, wide": ModelConfig(1, 64, 4, 1, 200, 384),
 }
 SAMPLES = 2
+NONE, SELECTIVE, FULL = (Layout("fsdp2", activation_checkpointing=mode) for mode in ("none", "selective", "full"))
 
 
-def counted(config: ModelConfig, length: int, masked: int, mode: str = "none", backend=SDPBackend.MATH) -> float:
+def counted(config: ModelConfig, length: int, masked: int, layout: Layout = NONE, backend=SDPBackend.MATH) -> float:
     """FLOPs that torch sees in one forward and backward of the model with its loss, a token. masked: tokens a sample."""
-    (model,) = build_chunks(config, build_mesh(timeout_seconds=60), Layout(activation_checkpointing=mode), seed=0)
+    (model,) = build_chunks(config, build_mesh(timeout_seconds=60), layout, seed=0)
     assert isinstance(model, DiffusionTransformer)
     ids = torch.arange(SAMPLES * length).view(SAMPLES, length) % config.vocab_size
     where = (torch.arange(length) < masked).expand(SAMPLES, length)
@@ -65,22 +68,36 @@ def test_padding_of_the_vocabulary_is_computed_and_not_counted():
 def test_full_checkpointing_does_again_what_the_formula_says(name):
     config, length = SHAPES[name], 24
     shape = model_shape(config)
-    again = recomputed_flops_per_token(shape, length, "full")
+    again = recomputed_flops_per_token(shape, length, FULL)
     assert again > 0
-    assert counted(config, length, 12, "full") == flops_per_token(shape, length, 0.5) + again
+    assert counted(config, length, 12, FULL) == flops_per_token(shape, length, 0.5) + again
 
 
 def test_selective_checkpointing_does_again_all_but_attention_and_the_last_matmul():
     """torch does not count the fused kernel, whose output `selective` keeps: both sides are without attention."""
     config, length = SHAPES["plain"], 24
     shape = model_shape(config)
-    without_attention = flops_per_token(shape, 0, 0.5) + recomputed_flops_per_token(shape, 0, "selective")
-    assert counted(config, length, 12, "selective", SDPBackend.FLASH_ATTENTION) == without_attention
-    assert recomputed_flops_per_token(shape, length, "selective") == recomputed_flops_per_token(shape, 0, "selective")
+    without_attention = flops_per_token(shape, 0, 0.5) + recomputed_flops_per_token(shape, 0, SELECTIVE)
+    assert counted(config, length, 12, SELECTIVE, SDPBackend.FLASH_ATTENTION) == without_attention
+    assert recomputed_flops_per_token(shape, length, SELECTIVE) == recomputed_flops_per_token(shape, 0, SELECTIVE)
+
+
+def test_with_the_linear_of_zero_3_the_last_matmul_is_done_again_too():
+    """tests/pretrain/planning/test_communication.py counts the steps of whole engines."""
+    config, length = SHAPES["plain"], 24
+    shape = model_shape(config)
+    import_deepspeed()
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    with patch.object(torch.nn.functional, "linear", zero3_linear_wrap):
+        found = counted(config, length, 12, FULL)
+    zero_3 = Layout("deepspeed", 3, activation_checkpointing="full")
+    assert found == flops_per_token(shape, length, 0.5) + recomputed_flops_per_token(shape, length, zero_3)
+    assert found > counted(config, length, 12, FULL)
 
 
 def test_nothing_is_recomputed_without_checkpointing():
-    assert recomputed_flops_per_token(LLADA_8B, 4096, "none") == 0
+    assert recomputed_flops_per_token(LLADA_8B, 4096, Layout()) == 0
 
 
 def test_the_published_conventions_by_hand():
