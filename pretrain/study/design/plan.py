@@ -1,6 +1,7 @@
 """A study's plan and its folder: written again it is the same, byte for byte; what has been trained is never planned away.
 
 STUDY/study.yaml       the study as planned          STUDY/cells/ID.yaml   a whole config of `train`
+STUDY/planned_base.yaml, planned_family.yaml         what all cells start from, and their sizes
 STUDY/plan.json        every cell                    STUDY/cells.txt       a cell a line, for slurm/study.sbatch
 STUDY/runs/ID/         run folders                   STUDY/results.csv     a row a cell
 STUDY/data/            parts of the training set     STUDY/logs/           what the cells said
@@ -13,7 +14,7 @@ import os
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -25,11 +26,12 @@ from pretrain.config import Config
 from pretrain.load_config import config_from_dict
 from pretrain.study.design.cells import Cell, base_config, cells_of
 from pretrain.study.design.corpus import Corpus, look_at
-from pretrain.study.design.family import load_family
+from pretrain.study.design.family import Size, load_family
 from pretrain.study.design.identity import definition, differences, plain
 from pretrain.study.design.spec import StudyConfig, load_study, to_yaml
 
 PLAN, STUDY, CELLS_LIST, LOCK = "plan.json", "study.yaml", "cells.txt", ".lock"
+BASE, FAMILY = "planned_base.yaml", "planned_family.yaml"
 NAMED = 3  # differences that a refusal lists
 
 
@@ -39,6 +41,7 @@ class Plan:
 
     study: StudyConfig
     base: Config
+    family: dict[str, Size]
     corpus: Corpus
     cells: tuple[tuple[Cell, Config], ...]
     notes: tuple[str, ...] = ()
@@ -64,8 +67,9 @@ def make_plan(study: StudyConfig, need_data: bool = True) -> Plan:
             raise
         corpus = Corpus(None, "")
         notes.append(f"{error}; ids are not final, and whether there are tokens enough is not known")
-    cells = cells_of(study, base, load_family(study.family), corpus)
-    return Plan(study, base, corpus, tuple(cells), tuple(notes))
+    family = load_family(study.family)
+    cells = cells_of(study, base, family, corpus)
+    return Plan(study, base, family, corpus, tuple(cells), tuple(notes))
 
 
 def _check_vocabulary(base: Config, corpus: Corpus) -> None:
@@ -115,6 +119,8 @@ def write_plan(plan: Plan) -> list[str]:
         keep_file(
             folder / CELLS_LIST, "".join(shlex.quote(f"{folder}/cells/{name}.yaml") + "\n" for name in planned).encode()
         )
+        keep_file(folder / BASE, _dump(plan.base))
+        keep_file(folder / FAMILY, _yaml({"sizes": {name: asdict(size) for name, size in plan.family.items()}}))
         keep_file(folder / STUDY, to_yaml(plan.study).encode())
         keep_file(folder / PLAN, (json.dumps(_record(plan), indent=1) + "\n").encode())
     except OSError as error:
@@ -125,7 +131,11 @@ def write_plan(plan: Plan) -> list[str]:
 
 
 def _dump(config: Config) -> bytes:
-    return yaml.dump(plain(config), Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False).encode()
+    return _yaml(plain(config))
+
+
+def _yaml(values: dict[str, Any]) -> bytes:
+    return yaml.dump(values, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False).encode()
 
 
 def _record(plan: Plan) -> dict[str, Any]:
@@ -245,6 +255,17 @@ class Planned:
     def config(self, cell: Cell) -> Optional[Config]:
         path = self.config_file(cell)
         return config_from_dict(yaml.safe_load(path.read_text())) if path.exists() else None
+
+
+def rules_as_planned(folder: Path) -> StudyConfig:
+    """The study of a folder, whose base and family are those that its cells were planned with, whatever became of the files.
+
+    InputError where study.yaml is missing or broken. A folder without the two files names those of study.yaml.
+    """
+    study = load_study(str(folder / STUDY))
+    if not ((folder / BASE).is_file() and (folder / FAMILY).is_file()):
+        return study
+    return replace(study, base=str(folder / BASE), overrides={}, family=str(folder / FAMILY))
 
 
 def open_study(folder: Path) -> Planned:

@@ -66,6 +66,7 @@ def fit_table(
     return {
         "input": {
             "path": str(table.path),
+            "digest": table.digest,
             "rows": table.rows,
             "used": len(table.frame),
             "count": table.count,
@@ -154,10 +155,10 @@ def _frontier(found: Objective) -> dict[str, Any]:
 
 
 def _holdout(found: Objective) -> dict[str, Any]:
-    if not isinstance(found.isoflop, Frontier):
-        return {"refused": "leaving one out needs IsoFLOP minima of at least 4 budgets"}
     centres = [ln_C for ln_C, _ in found.cells.groups]
-    optima = {centres.index(float(c)): float(L) for c, L in zip(found.isoflop.ln_C, found.isoflop.ln_L)}
+    optima: dict[int, float] = {}
+    if isinstance(found.isoflop, Frontier):
+        optima = {centres.index(float(c)): float(L) for c, L in zip(found.isoflop.ln_C, found.isoflop.ln_L)}
     deviation = None if isinstance(found.parametric, Refused) else found.parametric.noise.deviation
 
     def predict(rest: Cells, ln_C: float) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.study.fitting.laws import Cost, Refused
+from pretrain.study.fitting.laws import Cost, Refused, Surface
 from pretrain.study.fitting.parametric import Space, check, minimise
 from pretrain.study.fitting.table import Cells
 
@@ -17,31 +17,50 @@ LEAST_BUDGETS = 4
 def leave_one_budget_out(
     cells: Cells, cost: Cost, optima: dict[int, float], predict: Callable[[Cells, float], float]
 ) -> dict[str, Any]:
-    """Predicted against measured loss at the optimum of each budget, fitted without it.
+    """Each budget foreseen from the others: the loss at its optimum, and by the parametric law the losses of all its cells.
 
-    optima: group number -> log loss measured at its optimum. predict: (cells without a budget, its ln C) -> log loss by the IsoFLOP
-    frontier; it may raise Refused. Refused below four budgets.
+    optima: group number -> log loss measured at its optimum, of the budgets that have one; what they need, the cells do not.
+    predict: (cells without a budget, its ln C) -> log loss by the IsoFLOP frontier; it may raise Refused.
+    Refused below four budgets.
     """
-    if len(optima) < LEAST_BUDGETS:
-        raise Refused(f"{len(optima)} budgets have an optimum: leaving one out needs at least {LEAST_BUDGETS}")
-    found: dict[str, list[dict[str, Any]]] = {"parametric": [], "isoflop": []}
-    for group, measured in sorted(optima.items()):
-        rest, ln_C = cells.without(group), cells.groups[group][0]
-        for approach, ask in (("parametric", lambda c, at: _parametric(c, at, cost)), ("isoflop", predict)):
-            try:
-                predicted = ask(rest, ln_C)
-            except Refused:
-                continue
-            loss = float(np.exp(predicted)), float(np.exp(measured))
-            entry = {"C": float(np.exp(ln_C)), "predicted": loss[0], "measured": loss[1]}
-            found[approach].append(entry | {"relative_error": loss[0] / loss[1] - 1})
-    errors = {name: [entry["relative_error"] for entry in part] for name, part in found.items()}
-    rms = {name: float(np.sqrt(np.mean(np.square(part)))) for name, part in errors.items() if part}
-    return {**found, "rms_relative_error": rms}
+    if len(cells.groups) < LEAST_BUDGETS:
+        raise Refused(f"{len(cells.groups)} budgets: leaving one out needs at least {LEAST_BUDGETS}")
+    found: dict[str, list[dict[str, Any]]] = {"parametric": [], "isoflop": [], "cells": []}
+    errors: dict[str, list[float]] = {"parametric": [], "isoflop": [], "cells": []}
+    for group, (ln_C, at) in enumerate(cells.groups):
+        rest, C = cells.without(group), float(np.exp(ln_C))
+        foreseen: dict[str, float] = {}
+        try:
+            law = _parametric(rest)
+        except Refused:
+            pass
+        else:
+            foreseen["parametric"] = float(np.log(law.optimum(ln_C, cost)[2]))
+            off = np.expm1(law.ln_loss(cells.ln_N[at], cells.ln_D[at]) - cells.y[at])
+            found["cells"].append({"C": C, "cells": len(at), "rms_relative_error": _rms(off)})
+            errors["cells"] += off.tolist()
+        if group not in optima:
+            continue
+        try:
+            foreseen["isoflop"] = predict(rest, ln_C)
+        except Refused:
+            pass
+        measured = float(np.exp(optima[group]))
+        for approach, ln_loss in foreseen.items():
+            predicted = float(np.exp(ln_loss))
+            errors[approach].append(predicted / measured - 1)
+            entry = {"C": C, "predicted": predicted, "measured": measured, "relative_error": errors[approach][-1]}
+            found[approach].append(entry)
+    if not any(errors.values()):
+        raise Refused("no approach gave a law without one of the budgets")
+    return {**found, "rms_relative_error": {name: _rms(part) for name, part in errors.items() if part}}
 
 
-def _parametric(cells: Cells, ln_C: float, cost: Cost) -> float:
+def _rms(errors: Any) -> float:
+    return float(np.sqrt(np.mean(np.square(errors))))
+
+
+def _parametric(cells: Cells) -> Surface:
     check(cells.ln_N, cells.ln_D)
     space = Space.of(cells.ln_N, cells.ln_D, cells.y)
-    law = space.surface(minimise(cells.ln_N, cells.ln_D, cells.y, space))
-    return float(np.log(law.optimum(ln_C, cost)[2]))
+    return space.surface(minimise(cells.ln_N, cells.ln_D, cells.y, space))

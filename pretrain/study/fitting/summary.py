@@ -109,7 +109,8 @@ def _repeated(part: dict[str, Any]) -> list[str]:
 def _holdout(part: dict[str, Any]) -> list[str]:
     if "refused" in part:
         return [f"  left out     refused: {part['refused']}"]
-    rms = ", ".join(f"{name} {error:.2%}" for name, error in part["rms_relative_error"].items())
+    words = {"parametric": "optima, parametric", "isoflop": "optima, isoflop", "cells": "all cells, parametric"}
+    rms = ", ".join(f"{words[name]} {error:.2%}" for name, error in part["rms_relative_error"].items())
     return [f"  left out     a budget left out is foreseen within (rms): {rms}"]
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from data.errors import InputError
+from pretrain.study.fitting.digest import digest_of
 from pretrain.study.fitting.table_checks import check_cells, check_units
 
 NEEDED = ("N", "D", "loss")
@@ -45,6 +46,7 @@ class Table:
     flops: str
     notes: list[str] = field(default_factory=list)
     optima: bool = False  # a budget's single cell is its optimum
+    digest: str = ""  # of the file's bytes
 
     def objectives(self) -> list[str]:
         """masked first, else in the order of the file."""
@@ -63,6 +65,9 @@ def read_table(path: str, optima: bool = False) -> Table:
     if not file.is_file():
         hint = "run `study run` first, or name a CSV file" if study else "name a CSV file or a study's folder"
         raise InputError(f"{where}: there is no such file; {hint}")
+    digest = digest_of(
+        file
+    )  # before it is read: a fit of a table that grew meanwhile must not pass for one of the whole
     frame = _numbers(_text(file, where), where)
     notes: list[str] = []
     used = frame["status"].eq("done")
@@ -86,7 +91,8 @@ def read_table(path: str, optima: bool = False) -> Table:
     plan = _plan(study)
     _check_planned(frame, plan, where)
     flops = "6ND" if without_C else str(plan.get("flops") or "as given")
-    return Table(file, study, done, excluded, len(frame), str(plan.get("count") or "as given"), flops, notes, optima)
+    count = str(plan.get("count") or "as given")
+    return Table(file, study, done, excluded, len(frame), count, flops, notes, optima, digest)
 
 
 def _check_budgets(done: pd.DataFrame, where: str) -> None:

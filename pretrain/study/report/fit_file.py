@@ -9,11 +9,18 @@ from pathlib import Path
 from typing import Any, Optional
 
 from data.errors import InputError
+from pretrain.study.fitting.digest import digest_of
 
 APPROACHES = {
     "isoflop": "IsoFLOP parabolas",
     "parametric": "parametric law",
     "envelope": "envelope of the best cells",
+}
+# What leaving a budget out is scored by: the loss at its optimum by these approaches, and the losses of all its cells.
+LEFT_OUT = {
+    "isoflop": "optima by IsoFLOP parabolas",
+    "parametric": "optima by the parametric law",
+    "cells": "all cells by the parametric law",
 }
 
 
@@ -139,7 +146,8 @@ def _finite(value: Any) -> Optional[float]:
 
 
 def read_fit(path: str) -> Fit:
-    """A study's folder that holds fit.json, or such a file. InputError with one line for anything else."""
+    """A study's folder that holds fit.json, or such a file. InputError with one line for anything else, and for a study whose
+    results have changed since."""
     place = Path(path)
     file = place / "fit.json" if place.is_dir() else place
     if not file.is_file():
@@ -157,6 +165,11 @@ def read_fit(path: str) -> Fit:
         raise InputError(
             f"study report: {file} is not what `study fit` writes ({type(error).__name__}: {error}): fit again"
         ) from None
+    results, digest = file.parent / "results.csv", raw["input"].get("digest")
+    if study and digest and results.is_file() and digest_of(results) != digest:
+        raise InputError(
+            f"study report: {results} has changed since {file.name} was made: run `python -m pretrain study fit {study}` again"
+        )
     if not objectives:
         raise InputError(f"study report: {file} holds no objective: there was nothing to fit")
     plan = _json(study / "plan.json") if study and (study / "plan.json").is_file() else {}

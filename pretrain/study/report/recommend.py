@@ -19,6 +19,7 @@ from pretrain.planning.case import masked_fraction
 from pretrain.study.design.cells import Cell, base_config, cells_of, shape_of
 from pretrain.study.design.corpus import Corpus, look_at
 from pretrain.study.design.family import Size, load_family
+from pretrain.study.design.plan import rules_as_planned
 from pretrain.study.design.spec import StudyConfig, load_study
 from pretrain.study.report.fit_file import APPROACHES, Fit, Number, Prediction
 from pretrain.study.report.numbers import count
@@ -49,13 +50,13 @@ class Recommendation:
 
 
 def rules_of(fit: Fit, spec: str = "") -> Rules:
-    """The rules of the study's study.yaml, or of the file `spec`. InputError says why there are none."""
+    """The rules that the study's cells were planned with, or of the file `spec`. InputError says why there are none."""
     path = Path(spec) if spec else (fit.study / "study.yaml" if fit.study else None)
     if path is None or not (spec or path.is_file()):
         raise InputError(
             "a fit of a bare table knows no model family and no rules for batch and learning rate: name a study with --study FILE"
         )
-    study = load_study(str(path))
+    study = load_study(spec) if spec else rules_as_planned(path.parent)
     if fit.count in ("non_embedding", "total"):  # the numbers mean what the fit says, whatever the file of rules counts
         study = replace(study, count=fit.count)  # type: ignore[arg-type]
     convention = fit.flops

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any, Optional
 
-from pretrain.study.report.fit_file import APPROACHES, Fit, Objective, Row, number
+from pretrain.study.report.fit_file import APPROACHES, LEFT_OUT, Fit, Objective, Row, number
 from pretrain.study.report.numbers import count, data, flops, html, percent, show, significant
 
 LAW = ("N_exponent", "N_coefficient", "D_exponent", "D_coefficient")
@@ -195,10 +195,14 @@ def holdout(objective: Objective) -> str:
             rows.append(
                 [name, flops(entry["C"]), _estimate(entry.get("predicted")), _estimate(entry.get("measured")), shown]
             )
+    for entry in part.get("cells") or []:
+        words = f"the losses of its {entry['cells']} cells, by the parametric law"
+        shown = data(entry["rms_relative_error"], percent(entry["rms_relative_error"]))
+        rows.append([words, flops(entry["C"]), "", "", f"{shown} rms"])
     if not rows:
         return ""
     rms = {a: n for a, v in (part.get("rms_relative_error") or {}).items() if (n := number(v))}
-    note = "; ".join(f"{APPROACHES.get(a, escape(a))}: {data(n.value, percent(n.value))}" for a, n in rms.items())
+    note = "; ".join(f"{LEFT_OUT.get(a, escape(a))}: {data(n.value, percent(n.value))}" for a, n in rms.items())
     head = ["approach", "budget left out (FLOPs)", "predicted loss", "measured", "error"]
     return table(title, head, rows, f"Root mean square error: {note}." if note else "")
 

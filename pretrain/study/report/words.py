@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from pretrain.study.report.fit_file import APPROACHES, Fit, Number, Objective, number
+from pretrain.study.report.fit_file import APPROACHES, LEFT_OUT, Fit, Number, Objective, number
 from pretrain.study.report.numbers import data, flops, html, percent, show
 from pretrain.study.report.references import parameters
 
@@ -113,12 +113,10 @@ def _holdout(objective: Objective, name: str) -> list[str]:
         return []
     found = objective.part("leave_one_budget_out").get("rms_relative_error") or {}
     each = [
-        f"{APPROACHES.get(a, escape(a))} {data(n.value, percent(n.value))}"
-        for a, v in found.items()
-        if (n := number(v))
+        f"{LEFT_OUT.get(a, escape(a))} {data(n.value, percent(n.value))}" for a, v in found.items() if (n := number(v))
     ]
     return (
-        [f"{name}: predicting each budget's loss from the others was off by (root mean square) {', '.join(each)}."]
+        [f"{name}: predicting each budget's losses from the others was off by (root mean square): {', '.join(each)}."]
         if each
         else []
     )

@@ -11,18 +11,22 @@ import yaml
 from data.errors import InputError
 from parallel.shape import ModelShape, parameter_counts
 from pretrain.check_values import check_values
+from pretrain.config import Config
 from pretrain.flops import flops_per_token_in
 from pretrain.load_config import load_config
 from pretrain.lr_schedule import check_schedule
 from pretrain.planning.case import case_of, check_layout, masked_fraction
+from pretrain.study.command_plan import plan
 from pretrain.study.command_report import report
 from pretrain.study.design.corpus import Corpus
 from pretrain.study.design.family import Size, load_family
+from pretrain.study.fitting.digest import digest_of
 from pretrain.study.report.fit_file import Number, read_fit
 from pretrain.study.report.next_budget import next_budget
 from pretrain.study.report.recommend import choose, recommend, rules_of
 from pretrain.study.report.recommend_shape import NEAR, shape_for
 from tests.pretrain.study import fits
+from tests.pretrain.study.studies import SIZES, write_study
 
 SPEC = {
     "name": "planted",
@@ -60,6 +64,38 @@ def refuse_all(content):
         masked[part] = {"refused": "fewer than 3 budgets"}
     masked["predictions"] = []
     return content
+
+
+def test_a_planned_study_recommends_by_what_its_cells_were_planned_with(tmp_path, corpus):
+    """Whatever became of the base and the family since; a file named with --study is taken as it is today."""
+    file = write_study(tmp_path, corpus, family=str(tmp_path / "family.yaml"), overrides={"model.norm_eps": 1e-6})
+    (tmp_path / "family.yaml").write_text(yaml.safe_dump({"sizes": SIZES}))
+    assert plan([str(file)]) == 0
+    fits.write(tmp_path / "study", fits.fit())
+    base = yaml.safe_load((tmp_path / "base.yaml").read_text())
+    base["optimizer"]["weight_decay"] = 0.5
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    (tmp_path / "family.yaml").write_text(yaml.safe_dump({"sizes": {"s": SIZES["l"]}}))
+    fit = read_fit(str(tmp_path / "study"))
+    rules = rules_of(fit)
+    assert (rules.base.optimizer.weight_decay, rules.base.model.norm_eps) == (Config().optimizer.weight_decay, 1e-6)
+    assert rules.family == load_family(SIZES) and rules.study.name == "study"
+    today = rules_of(fit, str(file))
+    assert today.base.optimizer.weight_decay == 0.5 and len(today.family) == 1
+
+
+def test_a_fit_of_results_that_have_changed_since_is_not_reported(study, capsys):
+    folder = study()
+    (folder / "results.csv").write_text("N,D,loss\n")
+    content = fits.fit()
+    content["input"]["digest"] = digest_of(folder / "results.csv")
+    fits.write(folder, content)
+    assert read_fit(str(folder)).study is not None
+    (folder / "results.csv").write_text("N,D,loss\n1e6,1e8,3.0\n")
+    with pytest.raises(
+        InputError, match=r"results\.csv has changed since fit\.json was made: run .*study fit .*planted. again"
+    ):
+        read_fit(str(folder))
 
 
 def test_the_file_is_a_config_of_train_with_the_predicted_size_and_tokens(study):
