@@ -7,7 +7,7 @@ job=${job:-$SLURM_JOB_ID}
 asked='' end='' child='' doing='' passed='' interrupted=''
 insist_tries=10 insist_pause=20  # a controller that restarts is back within minutes
 
-say() { printf '[%s job %s] %s\n' "$(date +'%F %T')" "$job" "$*"; }
+say() { printf '[%s job %s] %s\n' "$(date -u +'%F %TZ')" "$job" "$*"; }
 
 # Slurm sends USR1 to this shell alone, --signal seconds (or up to a minute more) before the time limit: it is passed on to the
 # ranks, once. TERM comes to everything at once: at the limit, when the job is cancelled, preempted, requeued, or loses a node;

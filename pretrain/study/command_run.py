@@ -214,9 +214,8 @@ def _jobs_of(planned: Planned) -> list[tuple[str, str]]:
 
 def _collect(planned: Planned, results: Results) -> int:
     """What the run folders and the jobs' logs say now."""
-    for name, (_, end) in slurm_ends(planned.folder).items():
-        results.ends.setdefault(name, end)
-        if end.tries >= results.ends[name].tries:
+    for name, end in slurm_ends(planned.folder).items():
+        if name not in results.ends or end.time > results.ends[name].time:
             results.ends[name] = end
     at_work: frozenset[str] = frozenset()
     if _jobs_of(planned):

@@ -19,7 +19,7 @@ from pretrain.load_config import load_config
 from pretrain.lr_schedule import check_schedule
 from pretrain.planning.case import case_of, check_layout, check_memory, masked_fraction
 from pretrain.planning.plan import check_objective
-from pretrain.study.design.corpus import Corpus, part_of
+from pretrain.study.design.corpus import Corpus, check_apart, part_of
 from pretrain.study.design.family import Size
 from pretrain.study.design.identity import cell_id, plain
 from pretrain.study.design.rules import micro_batch, value_of, whole_batch
@@ -103,11 +103,13 @@ def base_config(study: StudyConfig) -> Config:
 def cells_of(study: StudyConfig, base: Config, family: dict[str, Size], corpus: Corpus) -> list[tuple[Cell, Config]]:
     """Every cell and its config of `train`, in the order of the design.
 
-    InputError for a size that is not in the family, two cells that are the same, or one that `train` would refuse.
+    InputError for a size that is not in the family, two cells or two parts of the data that are the same, or a cell that `train`
+    would refuse.
     """
     names = study.sizes or list(family)
     if unknown := [name for name in names if name not in family]:
         raise InputError(f"study.sizes: {unknown[0]} is not in the family: {', '.join(family)}")
+    check_apart(corpus, study.unique)
     cells = [
         _cell(study, base, kind, name, family[name], target, corpus, repeat)
         for kind in study.objectives

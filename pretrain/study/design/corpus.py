@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Optional
@@ -17,6 +18,7 @@ from pretrain.addresses import plain_address
 from pretrain.config import Config
 
 CLOSE_ENOUGH = 0.2  # how far a part of whole shards may be from the unique tokens asked for
+SMALLEST_SHARD = 1000  # tokens, that a set is advised to be prepared with
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,39 @@ def part_of(corpus: Corpus, unique: float) -> tuple[list[int], int]:
     if abs(best[1] / unique - 1) > CLOSE_ENOUGH:
         raise InputError(
             f"study.unique {unique:g}: whole shards of data.shards make {best[1]:,} tokens at the nearest (of {corpus.tokens:,} in "
-            f"{len(shards)} shards): prepare the set with smaller ones (prepare --shard-tokens {max(int(unique / 8), 1000)})"
+            f"{len(shards)} shards): prepare the set with smaller ones "
+            f"(prepare --shard-tokens {max(int(unique / 8), SMALLEST_SHARD)})"
         )
     return best
+
+
+def check_apart(corpus: Corpus, uniques: Sequence[float]) -> None:
+    """InputError for two numbers of unique tokens that whole shards cannot tell apart: their cells would train the same."""
+    if corpus.manifest is None or len(uniques) < 2:
+        return
+    shards = corpus.manifest.shards
+    largest = max(shard.tokens for shard in shards)
+    parts: dict[tuple[int, ...], float] = {}
+    for unique in sorted(uniques):
+        part, tokens = part_of(corpus, unique)
+        before = parts.get(tuple(part))
+        if before is None:
+            parts[tuple(part)] = unique
+            continue
+        if len(part) == len(shards):
+            advice = "leave one of them out, or prepare a larger set"
+        else:
+            advice = f"leave one of them out, or take values more than {largest:,} tokens (the largest shard) apart"
+            if (gap := int(unique - before)) >= SMALLEST_SHARD:
+                advice += f", or prepare the set with smaller shards (prepare --shard-tokens {gap})"
+        raise InputError(
+            f"study.unique: {_number(before)} and {_number(unique)} give the same {len(part)} whole shards ({tokens:,} tokens) "
+            f"of the {len(shards)} that data.shards has ({corpus.tokens:,} tokens): {advice}"
+        )
+
+
+def _number(tokens: float) -> str:
+    return f"{tokens:.0f}" if tokens == round(tokens) else repr(tokens)
 
 
 def write_part(source: Path, shards: list[int], folder: Path) -> None:

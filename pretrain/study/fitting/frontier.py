@@ -2,7 +2,8 @@
 
 Approaches 1 and 2 differ in how they find those optima (envelope.py, isoflop.py) and share all of this. Their errors are those
 they make in simulated studies whose truth is known (worlds.py): noise, the bias of a parabola or of a coarse grid, and what a
-power law without E loses when it is extrapolated are all in them.
+power law without E loses when it is extrapolated are all in them. Where there is no parametric law to simulate from, the worlds
+are straight lines and do not know of E: there the likelihood of E through the optima says how far the losses may lie (allowed).
 """
 
 from __future__ import annotations
@@ -115,6 +116,36 @@ def has_constant(ln_C: Array, ln_L: Array) -> bool:
     return bool(gain > distribution.ppf(0.95, 1, free) * max(rest[1], 1e-18))
 
 
+def allowed(ln_C: Array, ln_L: Array, with_E: bool) -> LossLaw:
+    """Laws E + k C^-g (fields [R]) that a 95 % likelihood-ratio interval takes in, through optima ln_C, ln_L [k].
+
+    E is held at values from 0 to the least loss, k and g are fitted and then moved as far as RSS <= RSS_min + s^2 F allows: the
+    95 % point of F(1, n - numbers), s^2 the scatter around the law that was chosen, with or without E (as parametric._ridge).
+    """
+    from scipy.stats import f as distribution
+
+    E = np.linspace(0.0, 1.0, 100, endpoint=False)[:, None] * np.exp(ln_L.min())
+    above = np.exp(ln_L) - E
+    # To first order an error of ln L is one of ln (L - E) times the share of L that lies above E: that is the weight.
+    weight = np.square(above / np.exp(ln_L))
+    total = weight.sum(-1, keepdims=True)
+    middle = (weight * ln_C).sum(-1, keepdims=True) / total
+    away = ln_C - middle
+    across = (weight * np.square(away)).sum(-1, keepdims=True)
+    height = (weight * np.log(above)).sum(-1, keepdims=True) / total
+    slope = (weight * away * np.log(above)).sum(-1, keepdims=True) / across
+    rest = np.square(ln_L - np.log(E + np.exp(height + slope * away))).sum(-1, keepdims=True)
+    free = len(ln_C) - (3 if with_E else 2)
+    scatter = (rest.min() if with_E else rest[0, 0]) / free
+    room = rest.min() + scatter * distribution.ppf(0.95, 1, free) - rest
+    angle = np.linspace(0, 2 * np.pi, 16, endpoint=False)
+    with np.errstate(invalid="ignore"):  # NaN where an E is not allowed at all
+        height = height + np.sqrt(room / total) * np.cos(angle)
+        slope = slope + np.sqrt(room / across) * np.sin(angle)
+    kept = slope < 0
+    return LossLaw(np.broadcast_to(E, kept.shape)[kept], (height - slope * middle)[kept], -slope[kept])
+
+
 @dataclass(frozen=True)
 class Frontier:
     """The laws through the optima of one approach. Simulated fields [S, k] belong to the worlds; NaN: refused there."""
@@ -163,7 +194,8 @@ class Frontier:
         N = Estimate(float(ln_value[0] + value[0] * ln_C), ln_drawn + drawn * ln_C - self.world.ln_N(C)[:, 0], log=True)
         found, refits, _ = self._loss_laws
         errors = refits.ln_loss(ln_C) - self.world.ln_loss(C)[:, 0]
-        return N, self._tokens(ln_C, N), Estimate(float(found.ln_loss(ln_C)[0]), errors, log=True)
+        plausible = self._allowed.ln_loss(ln_C)
+        return N, self._tokens(ln_C, N), Estimate(float(found.ln_loss(ln_C)[0]), errors, log=True, plausible=plausible)
 
     def _tokens(self, ln_C: float, N: Estimate) -> Estimate:
         return Estimate(float(self.cost.ln_tokens(ln_C, N.value)), -self.cost.power * N.errors, log=True)
@@ -179,14 +211,22 @@ class Frontier:
             return found, refits, LossLaw(*self.world.frontier)
         return found, refits, fit_loss_law(self.ln_C, true, self.with_E, found)
 
+    @cached_property
+    def _allowed(self) -> LossLaw:
+        """None (fields [0]) where the worlds' own laws have their E."""
+        if self.world.frontier is not None:
+            return LossLaw(*(np.empty(0) for _ in range(3)))
+        return allowed(self.ln_C, self.ln_L, self.with_E)
+
     def loss_law(self) -> dict[str, Any]:
         """The frontier of fit.json."""
         found, refits, true = self._loss_laws
         part: dict[str, Any] = {"law": WITH_E if self.with_E else WITHOUT_E, "budgets": len(self.ln_C)}
         if self.with_E:
-            part["E"] = Estimate(float(found.E[0]), refits.E - true.E, least=0.0).number()
-        part["k"] = Estimate(float(found.ln_k[0]), refits.ln_k - true.ln_k, log=True).number()
-        part["g"] = Estimate(float(found.g[0]), refits.g - true.g).number()
+            part["E"] = Estimate(float(found.E[0]), refits.E - true.E, least=0.0, plausible=self._allowed.E).number()
+        also = self._allowed if self.with_E else LossLaw((), (), ())  # without E both are of the straight line
+        part["k"] = Estimate(float(found.ln_k[0]), refits.ln_k - true.ln_k, log=True, plausible=also.ln_k).number()
+        part["g"] = Estimate(float(found.g[0]), refits.g - true.g, plausible=also.g).number()
         if not self.with_E:
             few = len(self.ln_C) <= LEAST_BUDGETS
             part["note"] = (
@@ -198,4 +238,5 @@ class Frontier:
         """ln of the FLOPs that reach a loss."""
         found, refits, _ = self._loss_laws
         value = float(found.ln_compute(loss)[0])
-        return Estimate(value, refits.ln_compute(loss) - self.world.ln_compute(loss, self.ln_C), log=True)
+        errors = refits.ln_compute(loss) - self.world.ln_compute(loss, self.ln_C)
+        return Estimate(value, errors, log=True, plausible=self._allowed.ln_compute(loss))

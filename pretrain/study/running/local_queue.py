@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Optional
 
 from pretrain.loop.preemption import ASKS_FOR_REQUEUE
@@ -15,7 +15,7 @@ from pretrain.quantities import duration
 from pretrain.study.design.cells import Cell
 from pretrain.study.design.plan import Planned
 from pretrain.study.running.processes import CellProcess, environment
-from pretrain.study.running.results import End, Results
+from pretrain.study.running.results import Results
 
 MISTAKE, GIVEN_UP = 2, 77  # exit codes after which another start would end alike
 TRIES = 2  # of a cell in one `study run`, where its end may pass
@@ -187,5 +187,5 @@ class LocalQueue:
         for cell, process in self._running.values():
             process.kill()
             end = process.end(self._tries[cell.id])
-            self._results.ended(cell, End(ASKS_FOR_REQUEUE, end.said, end.tries))
+            self._results.ended(cell, replace(end, code=ASKS_FOR_REQUEUE))
         self._running.clear()

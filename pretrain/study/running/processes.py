@@ -28,8 +28,7 @@ class CellProcess:
         self.asked = False
         words = ["-m", "pretrain", "watch", "train", "--config", str(config)]
         if ranks > 1:
-            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-            words = [*launcher, *words]
+            words = ["-m", "pretrain.study.running.ranks", str(ranks), *words]
         libc = ctypes.CDLL(None, use_errno=True)
         parent = os.getpid()
 
@@ -67,15 +66,26 @@ class CellProcess:
                 self._process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """Ends it and all in its group, at once."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        """Ends it and all in its group, at once, and its ranks: torchrun starts them in sessions of their own."""
+        ranks = _children(self._process.pid) if self._process.poll() is None else []
+        for group in (self._process.pid, *ranks):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(group, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(10)
 
     def end(self, tries: int) -> End:
         """How it ended, with its last word."""
-        return End(self.code() or 0, said_last(self.log, self._from), tries)
+        return End(self.code() or 0, said_last(self.log, self._from), tries, round(time.time(), 3))
+
+
+def _children(pid: int) -> list[int]:
+    """Processes that `pid` started and that still run; none where the kernel does not say."""
+    found: list[int] = []
+    for path in Path("/proc", str(pid), "task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += map(int, path.read_text().split())
+    return found
 
 
 def said_last(log: Path, start: int = 0) -> str:

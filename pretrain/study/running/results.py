@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Optional
 
@@ -28,7 +28,9 @@ ROLLED_BACK = "health.max_rollbacks"  # what training says when it gives up on n
 
 
 def last_word(lines: Sequence[str]) -> str:
-    """Of what a cell said: why it gave up on its numbers, else its last error, else the last exception, else the last line."""
+    """Of what a cell said: why it gave up on its numbers, else its last error, else the last exception, else what its watch said
+    last, else the last line.
+    """
     told = [line.strip() for line in lines if line.strip()]
     plain = [re.sub(r"^\[[^\]]*\]:? ?", "", line) for line in told]  # a launcher names the rank
     gave_up = [line for line in plain if ROLLED_BACK in line]
@@ -36,16 +38,20 @@ def last_word(lines: Sequence[str]) -> str:
     raised = [
         line for line in plain if line.split(":")[0].endswith(("Error", "Exception")) and "ChildFailed" not in line
     ]
-    return (gave_up or errors or raised or plain or [""])[-1][:MOST_SAID]
+    watched = [line for line in plain if line.startswith("watch: ")]
+    return (gave_up or errors or raised or watched or plain or [""])[-1][:MOST_SAID]
 
 
 @dataclass(frozen=True)
 class End:
-    """How the last start of a cell ended. code: exit code, or minus a signal. said: its last word."""
+    """How the last start of a cell ended. code: exit code, or minus a signal. said: its last word. time: when (seconds since 1970,
+    UTC); 0: nobody noted it.
+    """
 
     code: int
     said: str = ""
     tries: int = 1
+    time: float = 0.0
 
     @property
     def diverged(self) -> bool:
@@ -153,7 +159,7 @@ class Results:
     def ended(self, cell: Cell, end: End) -> None:
         """Keeps how a start ended, for the next `study run`."""
         self.ends[cell.id] = end
-        record = {name: {"code": one.code, "said": one.said, "tries": one.tries} for name, one in self.ends.items()}
+        record = {name: asdict(one) for name, one in self.ends.items()}
         write_durably(self.planned.folder / ENDS, (json.dumps(record, indent=1) + "\n").encode())
 
     def write(self, running: frozenset[str] = frozenset()) -> dict[str, Result]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import calendar
 import getpass
 import os
 import re
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,20 +140,30 @@ def _more(text: str) -> list[str]:
     return words
 
 
-def slurm_ends(folder: Path) -> dict[str, tuple[float, End]]:
-    """Cell -> (when, how its last start ended), by what the tasks of arrays said; of those that said it."""
-    found: dict[str, tuple[float, End]] = {}
+def slurm_ends(folder: Path) -> dict[str, End]:
+    """Cell -> how its last start ended, by what the tasks of arrays said; of those that said it."""
+    found: dict[str, End] = {}
     for path in sorted((folder / "logs").glob("slurm-*_*.out")) + sorted((folder / "logs").glob("slurm-*-*.out")):
         try:
-            text, when = path.read_text(errors="replace"), os.path.getmtime(path)
+            text, touched = path.read_text(errors="replace"), os.path.getmtime(path)
         except OSError:
             continue
         cell = re.search(r"\] start \d+ of cell \d+, (\S.*), on ", text) or re.search(r"of cell \d+, (.+), on ", text)
-        codes = re.findall(r"the ranks ended with code (\d+)", text)
-        if not cell or not codes:
+        ended = re.findall(r"(?m)^(?:\[([\d-]+ [\d:]+Z) )?.*the ranks ended with code (\d+)", text)
+        if not cell or not ended:
             continue
-        name = Path(cell[1]).name
+        name, (stamp, code) = Path(cell[1]).name, ended[-1]
         told = [line for line in text.splitlines() if "srun: " not in line]
-        if name not in found or found[name][0] < when:
-            found[name] = (when, End(int(codes[-1]), last_word(told), len(codes)))
+        end = End(int(code), last_word(told), len(ended), _seconds(stamp) or touched)
+        if name not in found or found[name].time < end.time:
+            found[name] = end
     return found
+
+
+def _seconds(stamp: str) -> float:
+    """Since 1970, of what slurm/job.sh writes in front of a line, in UTC; 0 if it is none. Better than the file's own time, which
+    copies and later lines move on."""
+    try:
+        return float(calendar.timegm(time.strptime(stamp, "%Y-%m-%d %H:%M:%SZ")))
+    except ValueError:
+        return 0.0

@@ -135,7 +135,10 @@ def test_the_best_cell_is_the_best_size_over_its_repeats_and_never_one_at_the_ed
     assert np.isnan(ln_N[0, 1]) and "the largest size is the best at C = 1e+20: add larger sizes" in reasons[1]
     assert np.isnan(ln_N[0, 2]) and "one size" in reasons[2] and reasons[0] == ""
     smallest = best_cells(groups[:1], N, np.log(loss[::-1])[None, :5])
-    assert "add smaller sizes" in smallest[2][0] or not np.isnan(smallest[0][0, 0])
+    assert (
+        np.isnan(smallest[0][0, 0])
+        and "the smallest size is the best at C = 1e+19: add smaller sizes" in smallest[2][0]
+    )
 
 
 def test_a_power_law_is_that_of_polyfit_and_a_hole_is_left_out():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from pretrain.config import Config
 from pretrain.load_config import load_config
 from pretrain.study.command_plan import plan
 from pretrain.study.design.cells import Cell, base_config
-from pretrain.study.design.corpus import Corpus, write_part
+from pretrain.study.design.corpus import Corpus, look_at, part_of, write_part
 from pretrain.study.design.costs import Rate, measured_rate, table
 from pretrain.study.design.family import load_family
 from pretrain.study.design.identity import cell_id
@@ -223,6 +225,39 @@ def test_unique_tokens_are_a_part_of_the_set_that_train_can_read(tmp_path, piece
         assert (part.read_tokens(0, 500) == whole.read_tokens(first, 500)).all()
     with pytest.raises(InputError, match="study.unique 1000: whole shards .* prepare the set with smaller ones"):
         made(tmp_path, pieces, unique=[1000], epochs=[1], **rule)
+
+
+def test_unique_tokens_that_give_the_same_shards_are_refused_with_what_to_do(tmp_path, pieces):
+    rule = {"design": "ladder", "budgets": [], "objectives": ["masked"], "sizes": ["s"], "epochs": [1]}
+    sizes = [shard.tokens for shard in ShardSet.open(str(pieces / "train"), "size").shards]
+    whole, most = sum(sizes), max(sizes)
+    (cell,) = [cell for cell, _ in made(tmp_path, pieces, unique=[110000], **rule).cells]
+    part = sum(
+        sizes[number] for number in cell.part
+    )  # what whole shards give, and so does anything within half a shard
+    assert min(sizes) > 4000
+    same = (
+        rf"study\.unique: {part} and {{}} give the same {len(cell.part)} whole shards \({part:,} tokens\) of the {len(sizes)} that "
+        rf"data\.shards has \({whole:,} tokens\): leave one of them out, or take values more than {most:,} tokens \(the largest "
+        r"shard\) apart{}"
+    )
+    with pytest.raises(InputError) as error:
+        made(tmp_path, pieces, unique=[part + 2000, 50000, part], **rule)
+    smaller = r", or prepare the set with smaller shards \(prepare --shard-tokens 2000\)"
+    assert re.fullmatch(same.format(part + 2000, smaller), str(error.value))
+    assert len(made(tmp_path, pieces, unique=[part + 2000, 50000], **rule).cells) == 2  # one left out, as it says
+    for near, first in ((part + 100, part), (part, part)):  # no set should have such small shards
+        with pytest.raises(InputError) as error:
+            made(tmp_path, pieces, unique=[near, first], **rule)
+        assert re.fullmatch(same.format(near, ""), str(error.value))
+    with pytest.raises(
+        InputError, match=rf"same {len(sizes)} whole shards .* leave one of them out, or prepare a larger"
+    ):
+        made(tmp_path, pieces, unique=[whole, round(1.1 * whole)], **rule)
+    corpus = look_at(load_config(["--config", str(tmp_path / "base.yaml")]))
+    for low in range(most, whole - most, 3000):  # values so far apart do give different shards
+        with contextlib.suppress(InputError):  # no whole shards near it
+            assert part_of(corpus, low)[0] != part_of(corpus, low + most + 1)[0]
 
 
 def test_rules_are_powers_and_batches_are_multiples():

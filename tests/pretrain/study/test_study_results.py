@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from data.errors import InputError
 from pretrain.study.command_plan import plan
 from pretrain.study.command_run import _jobs_on, run
 from pretrain.study.design.plan import Planned, open_study
-from pretrain.study.running.processes import environment, said_last
+from pretrain.study.running.processes import CellProcess, environment, said_last
 from pretrain.study.running.results import COLUMNS, End, Result, Results, last_word, result_of
 from pretrain.study.running.slurm import slurm_ends
 from tests.pretrain.study.studies import write_study
@@ -115,6 +117,9 @@ def test_the_last_word_is_the_error_and_not_what_was_said_behind_it(tmp_path):
     assert said_last(log, start) == "error: the shards are gone"
     log.write_text("Traceback (most recent call last):\n  File x\nRuntimeError: lower optimizer.lr\nwatch: gone\n")
     assert said_last(log) == "RuntimeError: lower optimizer.lr"
+    watched = "watch: rank 1 on n died in phase step, step 3: killed by signal 9"
+    log.write_text(f"step 1\n{watched}\nE1122 failed (exitcode: 76)\nlauncher: rank 1 of 2 ended first, with code 76\n")
+    assert said_last(log) == watched
     log.write_text("step 1\nstep 2\n\n")
     assert (
         said_last(log) == "step 2" and said_last(log, log.stat().st_size) == "" and said_last(tmp_path / "none") == ""
@@ -135,11 +140,53 @@ def test_cells_share_cores_and_gpus(monkeypatch):
 def test_what_array_tasks_said_is_read_from_their_logs(tmp_path):
     logs = tmp_path / "logs"
     logs.mkdir()
-    start = "[2026-01-01 00:00:00 job 7_1] start 0 of cell 1, /a b/runs/masked-s, on n1\n"
-    end = "[2026-01-01 00:00:09 job 7_1] the ranks ended with code {}\n"
+    start = "[2026-01-01 00:00:00Z job 7_1] start 0 of cell 1, /a b/runs/masked-s, on n1\n"
+    end = "[2026-01-01 00:00:09Z job 7_1] the ranks ended with code {}\n"
     (logs / "slurm-7-1.out").write_text(start + end.format(75) + start + "error: no shards\n" + end.format(2))
     (logs / "slurm-7-2.out").write_text(start.replace("masked-s", "masked-m"))
-    assert {name: end for name, (_, end) in slurm_ends(tmp_path).items()} == {"masked-s": End(2, "error: no shards", 2)}
+    when = datetime(2026, 1, 1, 0, 0, 9, tzinfo=UTC).timestamp()  # of the last end: not the file's time
+    assert slurm_ends(tmp_path) == {"masked-s": End(2, "error: no shards", 2, when)}
+
+
+def test_the_later_end_of_a_cell_counts_however_often_it_was_tried(planned, capsys):
+    """Slurm's logs against ends.json: newer, older, of a release that noted no time; and three jobs' logs among themselves."""
+    began = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
+    noon = began.timestamp()
+    cells = [cell for cell in planned.cells if cell.status == "planned"][:4]
+    record = {
+        cells[0].id: {"code": 1, "said": "error: here, later", "tries": 1, "time": noon + 3600},
+        cells[1].id: {"code": 1, "said": "error: here, earlier", "tries": 9, "time": noon - 3600},
+        cells[2].id: {"code": 1, "said": "error: here, when nobody noted the time", "tries": 9},
+    }
+    (planned.folder / "ends.json").write_text(json.dumps(record))
+
+    def log(job: int, number: int, ended: datetime, said: str, times: int) -> None:
+        run = planned.run_folder(cells[number])
+        text = f"[{began:%F %TZ} job {job}_{number}] start 0 of cell {number}, {run}, on n1\n{said}\n"
+        text += f"[{ended:%F %TZ} job {job}_{number}] the ranks ended with code 2\n" * times
+        (planned.folder / "logs" / f"slurm-{job}-{number}.out").write_text(text)
+
+    for number in range(3):
+        log(7, number, began, "error: in a job", 3)
+    for job, days, times in ((7, 2, 3), (8, 0, 1), (9, 1, 5)):
+        log(job, 3, began - timedelta(days=days), f"error: in job {job}", times)
+    assert run([str(planned.folder), "--collect"]) == 1
+    rows = {
+        row["cell"]: row["reason"] for row in csv.DictReader((planned.folder / "results.csv").read_text().splitlines())
+    }
+    said = [rows[cell.id].rpartition("error: ")[2] for cell in cells]
+    assert said == ["here, later", "in a job", "in a job", "in job 8"]
+
+
+def test_an_end_is_noted_with_its_time(planned, tmp_path):
+    before = time.time()
+    process = CellProcess("none", tmp_path / "none.yaml", tmp_path / "log", 1, environment(0, 1, 1, 0))
+    while process.code() is None:
+        time.sleep(0.05)
+    results = Results(planned)
+    results.ended(planned.cells[0], process.end(1))
+    end = Results(planned).ends[planned.cells[0].id]
+    assert end.code == 2 and "none.yaml" in end.said and before - 0.001 <= end.time <= time.time() + 0.001
 
 
 def test_a_folder_that_is_no_study_is_one_line(tmp_path):

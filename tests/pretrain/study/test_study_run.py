@@ -6,6 +6,8 @@ import csv
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.study.command_plan import plan
 from pretrain.study.command_run import run
 from pretrain.study.design.plan import Planned, open_study
+from pretrain.study.running.processes import CellProcess, environment
 from tests.pretrain.study.studies import write_study
 
 pytestmark = pytest.mark.timeout(900)  # real training on what may be two slow, shared cores
@@ -187,7 +191,7 @@ def test_a_cell_that_is_killed_is_tried_again_once(corpus, tmp_path):
     until(lambda: len(lines(planned, 0)) > 5, process)
     for pid in ours(folder):
         os.kill(pid, signal.SIGKILL)
-    said = process.communicate(timeout=120)[0]
+    said = process.communicate(timeout=300)[0]
     assert process.returncode == 0 and f"again  {planned.cells[0].id}: ended with code" in said, said
     assert rows(folder)[planned.cells[0].id]["status"] == "done"
 
@@ -204,6 +208,96 @@ def test_cells_of_two_ranks(corpus, tmp_path):
         "2 ranks" in (tmp_path / "study" / "logs" / f"{row['cell']}.log").read_text()
         or Path(tmp_path / "study" / "runs" / row["cell"] / "health" / "rank-00001.json").exists()
     )
+
+
+ENDS = """import os, signal, sys, time
+what, rank = sys.argv[1], int(os.environ["RANK"])
+if what == "wait":
+    open(sys.argv[2] + str(rank), "w").close()
+if rank == 1 and what == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+if rank == 1 and what.isdigit():
+    sys.exit(int(what))
+time.sleep(0 if what == "done" else 60)
+"""
+
+
+HEAVY = [pytest.param(*case, marks=heavy) for case in (("done", 0), ("76", 76), ("killed", 128 + 9))]
+
+
+@pytest.mark.parametrize("what, code", [("2", 2), ("wait", 75), *HEAVY])
+def test_a_launcher_ends_with_what_the_first_of_its_ranks_ended_with(tmp_path, what, code):
+    """Real ranks; torchrun ends with 1 for all of these but the first."""
+    (tmp_path / "rank.py").write_text(ENDS)
+    command = [sys.executable, "-m", "pretrain.study.running.ranks", "2", str(tmp_path / "rank.py"), what]
+    with open(tmp_path / "said", "wb") as out:
+        launcher = subprocess.Popen([*command, str(tmp_path / "rank-")], cwd=ROOT, stdout=out, stderr=out)
+    try:
+        if what == "wait":
+            deadline = time.monotonic() + 60
+            while len(list(tmp_path.glob("rank-*"))) < 2:
+                assert launcher.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            launcher.terminate()
+        assert launcher.wait(60) == code, (tmp_path / "said").read_text()
+    finally:
+        launcher.kill()
+    named = f"launcher: rank 1 of 2 ended first, with code {code}" in (tmp_path / "said").read_text()
+    assert named == (what not in ("done", "wait"))
+
+
+@heavy
+@pytest.mark.parametrize("mistake", ["a file where the run should be", "a shard with a wrong byte"])
+def test_a_mistake_that_only_the_ranks_find_is_not_tried_again(corpus, tmp_path, capsys, mistake):
+    shutil.copytree(corpus, tmp_path / "corpus")
+    checked = {"data": {"verify": "full"}}
+    study = write_study(
+        tmp_path, tmp_path / "corpus", checked, **SMALL | {"objectives": ["masked"], "ranks": 2, "batch_multiple": 2}
+    )
+    assert plan([str(study)]) == 0
+    folder = tmp_path / "study"
+    (cell,) = open_study(folder).cells
+    if mistake.startswith("a file"):  # nothing of this start can be kept in its run folder
+        (folder / "runs").mkdir()
+        (folder / "runs" / cell.id).write_text("here")
+        line = rf"run folder {folder}/runs/{cell.id} cannot be written \(File exists\): choose another run.dir"
+    else:
+        shard = sorted((tmp_path / "corpus" / "train").glob("*.tar"))[0]
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+        line = rf".*{shard.name}.*"
+    assert run([str(folder), "--jobs", "1"]) == 1
+    said = capsys.readouterr().out
+    assert said.count(f"start  {cell.id}") == 1 and "again  " not in said
+    row = rows(folder)[cell.id]
+    assert row["status"] == "excluded" and "\n" not in row["reason"]
+    begin = rf"failed \(exit code 2\) at step 0 of {cell.steps}: error: (rank 0 on \S+ failed first: )?"
+    assert re.fullmatch(begin + line, row["reason"]), row["reason"]
+    (end,) = json.loads((folder / "ends.json").read_text()).values()
+    assert (end["code"], end["tries"]) == (2, 1)
+
+
+@heavy
+def test_the_ranks_of_a_cell_that_is_ended_at_once_are_gone(corpus, tmp_path):
+    study = write_study(
+        tmp_path, corpus, **SMALL | {"objectives": ["masked"], "budgets": [4e10], "ranks": 2, "batch_multiple": 2}
+    )
+    assert plan([str(study)]) == 0
+    planned = open_study(tmp_path / "study")
+    (cell,) = planned.cells
+    process = CellProcess(cell.id, planned.config_file(cell), tmp_path / "log", 2, environment(0, 1, 2, 0))
+    try:
+        deadline = time.monotonic() + 120
+        while not lines(planned, 0):  # the launcher, two watches, two ranks
+            assert process.code() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        assert len(ours(tmp_path / "study")) >= 5
+    finally:
+        process.kill()
+    assert process.code() == -signal.SIGKILL
+    time.sleep(1.0)  # ranks that were left alone would notice within five seconds, not within one
+    assert not ours(tmp_path / "study")
 
 
 @heavy
