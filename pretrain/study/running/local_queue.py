@@ -14,12 +14,11 @@ from pretrain.loop.preemption import ASKS_FOR_REQUEUE
 from pretrain.quantities import duration
 from pretrain.study.design.cells import Cell
 from pretrain.study.design.plan import Planned
-from pretrain.study.running.processes import CellProcess, environment
+from pretrain.study.running.processes import LEAVE_SECONDS, CellProcess, environment
 from pretrain.study.running.results import Results
 
 MISTAKE, GIVEN_UP = 2, 77  # exit codes after which another start would end alike
 TRIES = 2  # of a cell in one `study run`, where its end may pass
-LEAVE_SECONDS = 120.0  # for asked cells to save
 AGAIN_SECONDS = 2.0  # a second Ctrl-C after so long means now
 POLL_SECONDS, SAY_SECONDS, WRITE_SECONDS = 0.2, 60.0, 15.0
 

@@ -15,6 +15,7 @@ from typing import Optional
 
 from pretrain.study.running.results import End, last_word
 
+LEAVE_SECONDS = 120.0  # for asked cells to save
 _PR_SET_PDEATHSIG = 1
 _TAIL = 16384  # bytes of a log's end that its last word is looked for in
 
@@ -107,4 +108,6 @@ def environment(place: int, jobs: int, ranks: int, gpus: int) -> dict[str, str]:
     mine = devices[place * ranks : (place + 1) * ranks] if gpus >= jobs * ranks else []
     launched = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     outside = {key: value for key, value in os.environ.items() if key not in launched}
-    return {**outside, "OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ",".join(mine), "PYTHONUNBUFFERED": "1"}
+    own = {"OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ",".join(mine), "PYTHONUNBUFFERED": "1"}
+    # torchrun would kill ranks that save for more than 30 seconds; releases that do not know the variable do.
+    return {**outside, **own, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{LEAVE_SECONDS - 10:.0f}"}
