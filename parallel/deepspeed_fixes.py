@@ -171,5 +171,5 @@ def forget(module: nn.Module) -> None:
     for cell in _private(releases, "__closure__"):  # a decorator around functools.lru_cache, which holds its arguments
         if hasattr(cell.cell_contents, "cache_clear"):
             cell.cell_contents.cache_clear()
-    if hasattr(InsertPostInitMethodToModuleSubClasses, "linear_bk"):  # ZeRO-3 was used in this process
+    if not stack and hasattr(InsertPostInitMethodToModuleSubClasses, "linear_bk"):  # no other engine uses ZeRO-3 here
         torch.nn.functional.linear = InsertPostInitMethodToModuleSubClasses.linear_bk

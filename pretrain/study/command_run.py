@@ -38,7 +38,7 @@ def run(arguments: Sequence[str]) -> int:
     with hold(folder) if not options.dry_run else contextlib.nullcontext():
         said = _plan(options, others)
         planned = open_study(folder)
-        results = Results(planned)
+        results = _known(planned)
         if options.collect:
             return _collect(planned, results)
         waiting = [cell for cell in planned.runnable() if not results.of(cell).final]
@@ -212,11 +212,17 @@ def _jobs_of(planned: Planned) -> list[tuple[str, str]]:
         return []
 
 
-def _collect(planned: Planned, results: Results) -> int:
-    """What the run folders and the jobs' logs say now."""
+def _known(planned: Planned) -> Results:
+    """The study's results, with how starts ended here and in jobs; of both the later."""
+    results = Results(planned)
     for name, end in slurm_ends(planned.folder).items():
         if name not in results.ends or end.time > results.ends[name].time:
             results.ends[name] = end
+    return results
+
+
+def _collect(planned: Planned, results: Results) -> int:
+    """What the run folders and the jobs' logs say now."""
     at_work: frozenset[str] = frozenset()
     if _jobs_of(planned):
         at_work = frozenset(cell.id for cell in planned.runnable() if begun(planned.folder, cell.id))

@@ -78,16 +78,22 @@ def test_numbers_start_at_zero_for_every_engine_and_a_closed_model_is_off_the_st
         assert stack == [alive]
 
 
-def test_torchs_own_linear_is_back_once_an_engine_is_closed():
+def test_torchs_own_linear_is_back_once_no_engine_uses_another():
     """DeepSpeed says of its linear that it "will persist unless manually reset"."""
     import_deepspeed()
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
     from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
 
-    own = nn.functional.linear
-    with patch.object(nn.functional, "linear", own):
-        InsertPostInitMethodToModuleSubClasses()._enable_mem_efficient_linear()
-        assert nn.functional.linear is not own
+    own, other = nn.functional.linear, nn.Linear(1, 1)
+    with (
+        patch.object(nn.functional, "linear", zero3_linear_wrap),
+        patch.object(InsertPostInitMethodToModuleSubClasses, "linear_bk", own, create=True),
+        patch.object(parameter_offload, "FWD_MODULE_STACK", [other]),
+    ):
         deepspeed_fixes.forget(nn.Linear(1, 1))
+        assert nn.functional.linear is zero3_linear_wrap, "another engine uses it"
+        deepspeed_fixes.forget(other)
         assert nn.functional.linear is own
 
 

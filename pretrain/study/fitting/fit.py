@@ -170,7 +170,8 @@ def _holdout(found: Objective) -> dict[str, Any]:
         law = fit_loss_law(at, again.ln_L[:, good], has_constant(at, again.ln_L[0, good]))
         return float(law.ln_loss(ln_C)[0])
 
-    result = attempt(lambda: leave_one_budget_out(found.cells, found.cost, optima, predict))
+    parametric = not isinstance(found.parametric, Refused)
+    result = attempt(lambda: leave_one_budget_out(found.cells, found.cost, parametric, optima, predict))
     return _refused(result) if isinstance(result, Refused) else result
 
 

@@ -119,12 +119,32 @@ def has_constant(ln_C: Array, ln_L: Array) -> bool:
 def allowed(ln_C: Array, ln_L: Array, with_E: bool) -> LossLaw:
     """Laws E + k C^-g (fields [R]) that a 95 % likelihood-ratio interval takes in, through optima ln_C, ln_L [k].
 
-    E is held at values from 0 to the least loss, k and g are fitted and then moved as far as RSS <= RSS_min + s^2 F allows: the
-    95 % point of F(1, n - numbers), s^2 the scatter around the law that was chosen, with or without E (as parametric._ridge).
+    E is held at values from 0 to the least loss, ever closer around the best, k and g are fitted and then moved as far as
+    RSS <= RSS_min + s^2 F allows: the 95 % point of F(1, n - numbers), s^2 the scatter around the law that was chosen, with or
+    without E (as parametric._ridge).
     """
     from scipy.stats import f as distribution
 
-    E = np.linspace(0.0, 1.0, 100, endpoint=False)[:, None] * np.exp(ln_L.min())
+    shares = np.linspace(0.0, 1.0, 100, endpoint=False)
+    for width in (1e-2, 5e-4, 2.5e-5, 1e-6):  # the first grid alone would take its own width for scatter
+        best = shares[np.argmin(_through(ln_C, ln_L, shares[:, None] * np.exp(ln_L.min()))[0])]
+        shares = np.union1d(shares, np.clip(best + width * np.linspace(-1.0, 1.0, 41), 0.0, 1 - 1e-6))
+    E = shares[:, None] * np.exp(ln_L.min())
+    rest, height, slope, middle, total, across = _through(ln_C, ln_L, E)
+    free = len(ln_C) - (3 if with_E else 2)
+    scatter = (rest.min() if with_E else rest[0, 0]) / free
+    room = rest.min() + scatter * distribution.ppf(0.95, 1, free) - rest
+    angle = np.linspace(0, 2 * np.pi, 16, endpoint=False)
+    with np.errstate(invalid="ignore"):  # NaN where an E is not allowed at all
+        height = height + np.sqrt(room / total) * np.cos(angle)
+        slope = slope + np.sqrt(room / across) * np.sin(angle)
+    kept = slope < 0
+    return LossLaw(np.broadcast_to(E, kept.shape)[kept], (height - slope * middle)[kept], -slope[kept])
+
+
+def _through(ln_C: Array, ln_L: Array, E: Array) -> tuple[Array, ...]:
+    """Lines ln (L - E) = height + slope (ln C - middle) through optima [k], for each E [R, 1]: the sum of squares that is left in
+    ln L, height, slope, middle, and the sum and the second moment of the weights; [R, 1] each."""
     above = np.exp(ln_L) - E
     # To first order an error of ln L is one of ln (L - E) times the share of L that lies above E: that is the weight.
     weight = np.square(above / np.exp(ln_L))
@@ -135,15 +155,7 @@ def allowed(ln_C: Array, ln_L: Array, with_E: bool) -> LossLaw:
     height = (weight * np.log(above)).sum(-1, keepdims=True) / total
     slope = (weight * away * np.log(above)).sum(-1, keepdims=True) / across
     rest = np.square(ln_L - np.log(E + np.exp(height + slope * away))).sum(-1, keepdims=True)
-    free = len(ln_C) - (3 if with_E else 2)
-    scatter = (rest.min() if with_E else rest[0, 0]) / free
-    room = rest.min() + scatter * distribution.ppf(0.95, 1, free) - rest
-    angle = np.linspace(0, 2 * np.pi, 16, endpoint=False)
-    with np.errstate(invalid="ignore"):  # NaN where an E is not allowed at all
-        height = height + np.sqrt(room / total) * np.cos(angle)
-        slope = slope + np.sqrt(room / across) * np.sin(angle)
-    kept = slope < 0
-    return LossLaw(np.broadcast_to(E, kept.shape)[kept], (height - slope * middle)[kept], -slope[kept])
+    return rest, height, slope, middle, total, across
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class Table:
     flops: str
     notes: list[str] = field(default_factory=list)
     optima: bool = False  # a budget's single cell is its optimum
-    digest: str = ""  # of the file's bytes
+    digest: str = ""  # of a study's results
 
     def objectives(self) -> list[str]:
         """masked first, else in the order of the file."""
@@ -65,9 +65,7 @@ def read_table(path: str, optima: bool = False) -> Table:
     if not file.is_file():
         hint = "run `study run` first, or name a CSV file" if study else "name a CSV file or a study's folder"
         raise InputError(f"{where}: there is no such file; {hint}")
-    digest = digest_of(
-        file
-    )  # before it is read: a fit of a table that grew meanwhile must not pass for one of the whole
+    digest = digest_of(file) if study else ""  # before it is read: of a table that grows meanwhile this is the older
     frame = _numbers(_text(file, where), where)
     notes: list[str] = []
     used = frame["status"].eq("done")

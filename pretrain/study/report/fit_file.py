@@ -165,11 +165,13 @@ def read_fit(path: str) -> Fit:
         raise InputError(
             f"study report: {file} is not what `study fit` writes ({type(error).__name__}: {error}): fit again"
         ) from None
-    results, digest = file.parent / "results.csv", raw["input"].get("digest")
-    if study and digest and results.is_file() and digest_of(results) != digest:
-        raise InputError(
-            f"study report: {results} has changed since {file.name} was made: run `python -m pretrain study fit {study}` again"
-        )
+    if study and (digest := raw["input"].get("digest")):  # it is a fit of a study's results
+        results = file.parent / "results.csv"
+        if digest_of(results) not in ("", digest):
+            raise InputError(
+                f"study report: {results} has other cells than when {file.name} was made: run `python -m pretrain study fit "
+                f"{study}{'' if file.name == 'fit.json' else f' --json {file}'}` again"
+            )
     if not objectives:
         raise InputError(f"study report: {file} holds no objective: there was nothing to fit")
     plan = _json(study / "plan.json") if study and (study / "plan.json").is_file() else {}

@@ -65,11 +65,18 @@ def rules_of(fit: Fit, spec: str = "") -> Rules:
     if convention in CONVENTIONS:
         study = replace(study, flops=convention)  # type: ignore[arg-type]
     base = base_config(study)
+    return Rules(study, base, load_family(study.family), _corpus(fit, base, spec))
+
+
+def _corpus(fit: Fit, base: Config, spec: str) -> Corpus:
+    """The data that the study was planned with, as its plan has them; those of a file of rules as they are, if they are here."""
+    planned = fit.plan.get("data")
+    if not spec and isinstance(planned, dict) and planned.get("fingerprint"):
+        return Corpus(planned.get("tokens"), str(planned["fingerprint"]))
     try:
-        corpus = look_at(base)
+        return look_at(base)
     except InputError:  # a report may be made where the data are not
-        corpus = Corpus(None, "")
-    return Rules(study, base, load_family(study.family), corpus)
+        return Corpus(None, "")
 
 
 def choose(fit: Fit, approach: str = "auto", budget: float = 0.0) -> Prediction:

@@ -149,7 +149,7 @@ def slurm_ends(folder: Path) -> dict[str, End]:
         except OSError:
             continue
         cell = re.search(r"\] start \d+ of cell \d+, (\S.*), on ", text) or re.search(r"of cell \d+, (.+), on ", text)
-        ended = re.findall(r"(?m)^(?:\[([\d-]+ [\d:]+Z) )?.*the ranks ended with code (\d+)", text)
+        ended = re.findall(r"(?m)^(?:\[([\d-]+ [\d:]+Z?) )?.*the ranks ended with code (\d+)", text)
         if not cell or not ended:
             continue
         name, (stamp, code) = Path(cell[1]).name, ended[-1]
@@ -161,9 +161,10 @@ def slurm_ends(folder: Path) -> dict[str, End]:
 
 
 def _seconds(stamp: str) -> float:
-    """Since 1970, of what slurm/job.sh writes in front of a line, in UTC; 0 if it is none. Better than the file's own time, which
-    copies and later lines move on."""
+    """Since 1970, of what slurm/job.sh writes in front of a line: in UTC, in the cluster's own zone (taken to be this machine's)
+    in older logs; 0 if it is none. Better than the file's own time, which copies and later lines move on."""
+    seconds = calendar.timegm if stamp.endswith("Z") else time.mktime
     try:
-        return float(calendar.timegm(time.strptime(stamp, "%Y-%m-%d %H:%M:%SZ")))
-    except ValueError:
+        return float(seconds(time.strptime(stamp.rstrip("Z"), "%Y-%m-%d %H:%M:%S")))
+    except (ValueError, OverflowError):
         return 0.0

@@ -14,7 +14,7 @@ from typing import Any, Optional
 
 from pretrain.load_config import to_dict
 from pretrain.study.design.cells import Cell
-from pretrain.study.design.plan import PLAN, STUDY, Planned, begun
+from pretrain.study.design.plan import BASE, FAMILY, PLAN, STUDY, Planned, begun
 from pretrain.study.running.results import RESULTS, Result, Results, read_ends
 from pretrain.tracking.code_version import code_version
 from pretrain.tracking.metric_log import SPOOL
@@ -24,7 +24,7 @@ from pretrain.tracking.shipping import read_state, ship, shipping_lock, write_st
 
 EVERY_SECONDS, CLOSE_SECONDS = 20.0, 90.0
 LONGEST_PAUSE_SECONDS = 300.0  # between tries of a server that fails
-_FILES = (STUDY, PLAN, RESULTS, "fit.json")
+_FILES = (STUDY, BASE, FAMILY, PLAN, RESULTS, "fit.json")
 
 
 def ship_study(planned: Planned, results: Results, wait: float = 0.0, at_work: bool = False) -> int:

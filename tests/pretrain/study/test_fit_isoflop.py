@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.optimize import least_squares
+from scipy.stats import f as f_distribution
 
 from bench.laws import Design
 from pretrain.study.fitting.envelope import best_cells
-from pretrain.study.fitting.frontier import fit_loss_law, has_constant, power_law
+from pretrain.study.fitting.frontier import allowed, fit_loss_law, has_constant, power_law
 from pretrain.study.fitting.isoflop import Parabola, minima
 from pretrain.study.fitting.laws import Cost, Refused, published
 from tests.pretrain.study.planted import grid
@@ -189,3 +191,28 @@ def test_a_budget_of_one_size_has_no_optimum_unless_it_is_said_to_be_one():
     ln_N, _, reasons = best_cells(groups, N, y)
     assert np.isnan(ln_N).all() and all("one size" in reason for reason in reasons)
     assert best_cells(groups, N, y, optima=True)[0].tolist() == [[18.0, 19.0]]
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-4, 1e-3])
+def test_laws_that_optima_allow_are_as_near_to_the_best_one_as_the_noise_is_small(noise):
+    """Their E are those whose best fit, by an optimiser of its own, leaves no more than the cut; at the ends just that much."""
+    ln_C = np.log(np.geomspace(6e18, 1e21, 8))
+    ln_L = np.log(1.7 + 400.0 * np.exp(-0.15 * ln_C)) + noise * np.random.default_rng(3).standard_normal(8)
+
+    def rest(E: float) -> float:
+        begin = np.polyfit(ln_C - ln_C.mean(), np.log(np.exp(ln_L) - E), 1)[::-1]
+        law = lambda x: np.log(E + np.exp(x[0] + x[1] * (ln_C - ln_C.mean()))) - ln_L  # noqa: E731
+        return 2 * float(least_squares(law, begin, xtol=1e-15, ftol=1e-15, gtol=1e-15).cost)
+
+    found = allowed(ln_C, ln_L, True)
+    least = min(rest(E) for E in np.unique(found.E))
+    cut = least * (1 + f_distribution.ppf(0.95, 1, 5) / 5)
+    ends = float(found.E.min()), float(found.E.max())
+    if noise == 0:
+        assert ends == pytest.approx((1.7, 1.7), abs=1e-4)
+        return
+    best = float(fit_loss_law(ln_C, ln_L[None], True).E[0])
+    assert ends[0] <= best <= ends[1] and ends[1] - ends[0] < 300 * noise
+    width = ends[1] - ends[0]
+    for end, out in zip(ends, (-1, 1)):
+        assert rest(end) <= 1.02 * cut and rest(end + 0.25 * out * width) > cut

@@ -164,6 +164,16 @@ def test_without_parabolas_the_parametric_law_is_still_scored_by_the_cells_of_a_
     assert list(found["rms_relative_error"]) == ["cells"] and "all cells, parametric" in summary(whole)
 
 
+def test_a_law_that_all_cells_do_not_bear_is_not_scored_by_a_budget_left_out(tmp_path):
+    draw = np.random.default_rng(0)
+    rows = grid(QUOKKA, Design(5, 5), 0.0)
+    for row in rows:
+        row["loss"] = 3.0 * float(np.exp(0.005 * draw.standard_normal()))
+    whole = fit_table(table(tmp_path, rows), 100)
+    assert "refused" in whole["parametric"] and "refused" in whole["isoflop"]
+    assert "no approach gave a law" in whole["leave_one_budget_out"]["refused"]
+
+
 def test_a_budget_that_is_left_out_has_no_part_in_its_prediction(tmp_path):
     """The last budget's losses 3 % too low: foreseen from the others it is 3 % above, not half way."""
     rows = grid(QUOKKA, Design(5, 5), 0.0)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
+import pretrain.study.report.recommend as recommend_module
 from data.errors import InputError
 from parallel.shape import ModelShape, parameter_counts
 from pretrain.check_values import check_values
@@ -66,7 +67,7 @@ def refuse_all(content):
     return content
 
 
-def test_a_planned_study_recommends_by_what_its_cells_were_planned_with(tmp_path, corpus):
+def test_a_planned_study_recommends_by_what_its_cells_were_planned_with(tmp_path, corpus, monkeypatch):
     """Whatever became of the base and the family since; a file named with --study is taken as it is today."""
     file = write_study(tmp_path, corpus, family=str(tmp_path / "family.yaml"), overrides={"model.norm_eps": 1e-6})
     (tmp_path / "family.yaml").write_text(yaml.safe_dump({"sizes": SIZES}))
@@ -80,22 +81,42 @@ def test_a_planned_study_recommends_by_what_its_cells_were_planned_with(tmp_path
     rules = rules_of(fit)
     assert (rules.base.optimizer.weight_decay, rules.base.model.norm_eps) == (Config().optimizer.weight_decay, 1e-6)
     assert rules.family == load_family(SIZES) and rules.study.name == "study"
+    there = rules_of(fit, str(file)).corpus
+    monkeypatch.setattr(recommend_module, "look_at", None)  # nor are the data looked at
+    assert (rules.corpus.tokens, rules.corpus.fingerprint) == (there.tokens, there.fingerprint) and there.tokens
+    assert rules_of(fit).corpus == rules.corpus
+    monkeypatch.undo()
     today = rules_of(fit, str(file))
     assert today.base.optimizer.weight_decay == 0.5 and len(today.family) == 1
 
 
 def test_a_fit_of_results_that_have_changed_since_is_not_reported(study, capsys):
     folder = study()
-    (folder / "results.csv").write_text("N,D,loss\n")
+
+    def results(third: str) -> None:
+        rows = ("a,1e6,1e8,3.0,done,", "b,1e6,2e8,,excluded,diverged at step 3", third)
+        (folder / "results.csv").write_text("\n".join(("cell,N,D,loss,status,reason", *rows)) + "\n")
+
+    results("c,2e6,1e8,,missing,running: step 3 of 9")
     content = fits.fit()
     content["input"]["digest"] = digest_of(folder / "results.csv")
     fits.write(folder, content)
     assert read_fit(str(folder)).study is not None
-    (folder / "results.csv").write_text("N,D,loss\n1e6,1e8,3.0\n")
-    with pytest.raises(
-        InputError, match=r"results\.csv has changed since fit\.json was made: run .*study fit .*planted. again"
-    ):
-        read_fit(str(folder))
+    results("c,2e6,1e8,,missing,running: step 4 of 9")
+    assert read_fit(str(folder)).study is not None
+    (folder / "own.json").write_text((folder / "fit.json").read_text())
+    (folder / "plan.json").write_text("{}")
+    for third in ("c,2e6,1e8,2.9,done,", "c,2e6,1e8,,excluded,cut: step 4 of 9"):
+        results(third)
+        with pytest.raises(
+            InputError, match=r"other cells than when fit\.json was made: run .*study fit \S*planted. again"
+        ):
+            read_fit(str(folder))
+        with pytest.raises(InputError, match=r"study fit \S*planted --json \S*own\.json. again"):
+            read_fit(str(folder / "own.json"))
+    content["input"]["digest"] = ""  # a fit of another table that lies beside the study
+    fits.write(folder, content)
+    assert read_fit(str(folder)).study is not None
 
 
 def test_the_file_is_a_config_of_train_with_the_predicted_size_and_tokens(study):

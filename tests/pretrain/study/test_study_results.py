@@ -16,6 +16,7 @@ from pretrain.study.command_plan import plan
 from pretrain.study.command_run import _jobs_on, run
 from pretrain.study.design.plan import Planned, open_study
 from pretrain.study.running.processes import CellProcess, environment, said_last
+from pretrain.study.running.ranks import cause
 from pretrain.study.running.results import COLUMNS, End, Result, Results, last_word, result_of
 from pretrain.study.running.slurm import slurm_ends
 from tests.pretrain.study.studies import write_study
@@ -146,6 +147,9 @@ def test_what_array_tasks_said_is_read_from_their_logs(tmp_path):
     (logs / "slurm-7-2.out").write_text(start.replace("masked-s", "masked-m"))
     when = datetime(2026, 1, 1, 0, 0, 9, tzinfo=UTC).timestamp()  # of the last end: not the file's time
     assert slurm_ends(tmp_path) == {"masked-s": End(2, "error: no shards", 2, when)}
+    (logs / "slurm-7-1.out").write_text(start + end.format(75).replace("Z job", " job") + start)  # of an older release
+    local = datetime(2026, 1, 1, 0, 0, 9).timestamp()
+    assert slurm_ends(tmp_path)["masked-s"].time == local
 
 
 def test_the_later_end_of_a_cell_counts_however_often_it_was_tried(planned, capsys):
@@ -176,6 +180,11 @@ def test_the_later_end_of_a_cell_counts_however_often_it_was_tried(planned, caps
     }
     said = [rows[cell.id].rpartition("error: ")[2] for cell in cells]
     assert said == ["here, later", "in a job", "in a job", "in job 8"]
+
+
+def test_of_ranks_that_ended_together_a_mistake_counts_before_what_may_pass():
+    assert cause({0: 1, 1: 2}, 0) == (1, 2) and cause({0: 76, 1: 77, 2: -9}, 2) == (1, 77)
+    assert cause({0: 76, 1: -9}, 1) == (1, 137) and cause({0: 76, 1: -9}, 0) == (0, 76)
 
 
 def test_an_end_is_noted_with_its_time(planned, tmp_path):

@@ -328,7 +328,7 @@ def test_mlflow_has_a_parent_and_a_child_a_cell_once(corpus, tmp_path):
         assert [point.step for point in history] == list(range(1, cell.steps + 1))
         assert child.data.metrics["val/nelbo"] == lines(planned, number)[-1]["val/nelbo"]
     files = {item.path for item in client.list_artifacts(parents[0].info.run_id)}
-    assert {"study.yaml", "plan.json", "results.csv"} <= files
+    assert {"study.yaml", "planned_base.yaml", "planned_family.yaml", "plan.json", "results.csv"} <= files
     (folder / "fit.json").write_text("{}")
     (folder / "report").mkdir()
     (folder / "report" / "index.html").write_text("<html></html>")
