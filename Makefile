@@ -45,9 +45,9 @@ parity: install-dev              ## every parity cell and planted fault, the hea
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m parity $(SIDE_BY_SIDE) --ignore tests/distributed --ignore tests/slurm
 	$(BIN)/python -m pytest -m parity tests/distributed
 
-# What of it fits into a check of every change: all cells, a quarter of the planted faults, the proofs on several ranks.
+# What of it fits into a check of every change: all cells, an eighth of the planted faults, the proofs on several ranks.
 parity-of-ranks: install-dev
-	$(BIN)/python -m tests.distributed.parity_table --every 4
+	$(BIN)/python -m tests.distributed.parity_table --every 8
 	$(BIN)/python -m pytest -m parity tests/distributed
 
 parity-of-faults: install-dev
