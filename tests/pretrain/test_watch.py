@@ -134,6 +134,14 @@ def gone(pid: int) -> bool:
         return True
 
 
+def goes(pid: int) -> bool:
+    """A process that was killed takes a moment to go."""
+    deadline = time.monotonic() + 10
+    while not gone(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return gone(pid)
+
+
 @pytest.fixture
 def start(tmp_path) -> Iterator[Callable[..., Ranks]]:
     started: list[Ranks] = []
@@ -214,7 +222,7 @@ def test_a_rank_that_sleeps_is_named_as_behind_and_its_offspring_ends_with_it(st
     assert "_misbehave" in ranks.stacks(1) and "all_reduce" in ranks.stacks(0)
     offspring = [int(pid) for pid in (ranks.folder / "offspring-1").read_text().split()]
     assert len(offspring) == 2
-    assert all(gone(pid) for pid in offspring)
+    assert all(goes(pid) for pid in offspring)
 
 
 @pytest.mark.fault(
@@ -383,11 +391,7 @@ def test_a_watch_that_hangs_on_a_file_system_still_ends_with_its_rank(tmp_path):
     )
     record = read_published(run, 0)
     assert done.returncode == 76 and "rank 0 on" in done.stderr and "stalled in phase step, step 5" in done.stderr
-    assert record is not None and time.monotonic() - began < 40
-    deadline = time.monotonic() + 10  # a process that was killed takes a moment to go
-    while not gone(record.pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert gone(record.pid)
+    assert record is not None and time.monotonic() - began < 40 and goes(record.pid)
 
 
 def test_what_cannot_be_watched_is_a_mistake_before_anything_is_started(tmp_path):
