@@ -282,7 +282,7 @@ def test_sizes_per_budget_lie_evenly_around_the_estimate(tmp_path, corpus):
             assert all(cell.status == "excluded" for cell, _ in plan.cells)  # of a corpus of half a million tokens
 
 
-@pytest.mark.parametrize("family, head", [("smdm", 30), ("chinchilla", 40), ("tiny", 11)])
+@pytest.mark.parametrize("family, head", [("smdm", 30), ("chinchilla", 40), ("tiny", 11), ("two_layers", 10)])
 def test_published_families_have_the_parameters_that_their_names_say(family, head):
     sizes = load_family(f"configs/families/{family}.yaml")
     assert len(sizes) >= head
